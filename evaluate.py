@@ -1,0 +1,186 @@
+"""Evaluate a checkpoint: per-class IoU from one confusion matrix over all images of a split.
+
+The network (backbone, R, …) and the tile size are those that the checkpoint was trained with, unless given;
+a plain state dict is taken for the published network, ResNet-101 with R=2.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset import (
+    DATASETS,
+    DataError,
+    EvaluationDataset,
+    LabelTable,
+    denormalize,
+    find_source,
+    load,
+    pairs_of,
+)
+from networks import BACKBONES, MODELS, build_model
+from utils.arguments import Parser, boolean, count, exit_on, number, positive_int, scales, size
+from utils.checkpoint import CheckpointError, load_checkpoint, load_weights, model_state, newest_checkpoint
+from utils.distributed import DeviceError, choose_device
+from utils.inference import Predict, multi_scale, sliding, whole
+from utils.logger import side_by_side
+from utils.metrics import ConfusionMatrix
+
+# What a checkpoint without settings of its own is taken for.
+PUBLISHED = {"model": "ccnet", "backbone": "resnet101", "recurrence": 2, "input_size": (769, 769)}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    switch: dict[str, Any] = {
+        "type": boolean,
+        "nargs": "?",
+        "const": True,
+        "metavar": "BOOL",
+        "default": False,
+    }
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-dir", type=Path, required=True, help="the data set's folder")
+    data.add_argument("--dataset", choices=DATASETS, help="which data set; guessed from the folder's layout")
+    data.add_argument("--data-list", type=Path, help="file of 'image label' lines relative to --data-dir")
+    data.add_argument("--split", default="val", help="the data set's own split, without --data-list")
+    data.add_argument("--num-classes", type=positive_int, help="needed for --dataset list, else known")
+    data.add_argument(
+        "--ignore-label", type=number(int, 0, 255), default=255, help="label that does not count"
+    )
+    workers = min(8, os.cpu_count() or 1)
+    data.add_argument("--num-workers", type=count, default=workers, help="processes that read images")
+
+    network = parser.add_argument_group("network")
+    network.add_argument(
+        "--restore-from", type=Path, required=True, help="checkpoint, or a folder to take the newest from"
+    )
+    network.add_argument("--model", choices=MODELS, help="as in the checkpoint")
+    network.add_argument("--backbone", choices=BACKBONES, help="as in the checkpoint")
+    network.add_argument("--recurrence", type=count, help="as in the checkpoint")
+
+    protocol = parser.add_argument_group("protocol")
+    protocol.add_argument("--whole", **switch, help="whole images at once instead of sliding windows")
+    protocol.add_argument("--input-size", type=size, metavar="H,W", help="tile; the training crop")
+    protocol.add_argument(
+        "--batch-size", type=positive_int, default=4, help="tiles through the network at once"
+    )
+    protocol.add_argument("--scales", type=scales, default="1", metavar="S,S,…", help="e.g. 0.75,1,1.25")
+    protocol.add_argument("--flip", **switch, help="average with the mirrored image's prediction")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--gpu", default="auto", help="auto, cpu, or a GPU's number")
+    run.add_argument("--output-dir", type=Path, default="results", help="for metrics.json and pictures")
+    run.add_argument("--save", **switch, help="predictions as colours, as label ids and beside the labels")
+
+    args = parser.parse_args(argv)
+    if args.dataset == "list" and (args.num_classes is None or args.data_list is None):
+        parser.error("--dataset list needs --data-list and --num-classes")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    device = choose_device(args.gpu)
+    source = find_source(args.data_dir, args.dataset, args.num_classes, args.ignore_label)
+    pairs = pairs_of(source, args.data_dir, args.split, args.data_list)
+    if any(pair.label is None for pair in pairs) and not args.save:
+        raise DataError("these images have no labels to be scored against; --save keeps the predictions")
+    path, model, settings = load_model(args, source.table.num_classes)
+    model.to(device, memory_format=torch.channels_last)
+    predict = whole(model) if args.whole else sliding(model, settings["input_size"], args.batch_size)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    matrix = ConfusionMatrix(source.table.num_classes, args.ignore_label, device)
+    samples = load(EvaluationDataset(pairs, source.table, args.ignore_label), args.num_workers)
+    save = saver(args.output_dir, source.table) if args.save else None
+    evaluate(multi_scale(predict, args.scales, args.flip), samples, len(pairs), matrix, device, save)
+
+    if args.save:
+        print(f"predictions are in {args.output_dir}/ (colour, ids, panels)")
+    if not matrix.counts.any():
+        print("no labelled pixel, so there are no scores")
+        return
+    print(matrix.table(source.table.names))
+    metrics = matrix.summary(source.table.names) | {
+        "settings": {
+            "checkpoint": str(path),
+            **settings,
+            "data_dir": str(args.data_dir),
+            "dataset": source.name,
+            "split": str(args.data_list or args.split),
+            "images": len(pairs),
+            "whole": args.whole,
+            "scales": args.scales,
+            "flip": args.flip,
+        }
+    }
+    file = args.output_dir / "metrics.json"
+    file.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    print(f"mIoU {100 * metrics['mIoU']:.2f} over {len(pairs)} images; written to {file}")
+
+
+def load_model(args: argparse.Namespace, num_classes: int) -> tuple[Path, nn.Module, dict[str, Any]]:
+    """The checkpoint's path, its network in evaluation mode, and the settings it was built with."""
+    path = args.restore_from
+    if path.is_dir():
+        path = newest_checkpoint(path)
+        if path is None:
+            raise CheckpointError(f"{args.restore_from}: no checkpoint <name>_<step>.pth in this folder")
+    checkpoint = load_checkpoint(path)
+    trained = checkpoint.get("settings", {})
+    settings = {name: trained.get(name, default) for name, default in PUBLISHED.items()}
+    settings |= {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
+    model = build_model(settings["model"], num_classes, settings["backbone"], settings["recurrence"])
+    load_weights(model, model_state(checkpoint), path)
+    return path, model.eval(), settings | {"step": checkpoint.get("step")}
+
+
+@torch.inference_mode()
+def evaluate(
+    predict: Predict,
+    samples: Any,
+    num_samples: int,
+    matrix: ConfusionMatrix,
+    device: torch.device,
+    save: Callable[[str, Tensor, Tensor | None, Tensor], None] | None,
+) -> None:
+    """Predict every sample (image, label or None, name), count it in the matrix and hand it to ``save``."""
+    for image, label, name in tqdm(samples, total=num_samples, unit="image", mininterval=1):
+        logits = predict(image.to(device, non_blocking=True).unsqueeze(0))
+        prediction = logits.argmax(dim=1)[0].to(torch.uint8)
+        if label is not None:
+            matrix.update(prediction, label.to(device, non_blocking=True))
+        if save:
+            save(name, image, label, prediction.cpu())
+
+
+def saver(directory: Path, table: LabelTable) -> Callable[[str, Tensor, Tensor | None, Tensor], None]:
+    """A function that writes a prediction as colours, as original label ids, and beside image and label."""
+    for folder in ("colour", "ids", "panels"):
+        (directory / folder).mkdir(exist_ok=True)
+
+    def write(folder: str, name: str, picture: np.ndarray) -> None:
+        Image.fromarray(picture).save(directory / folder / f"{name}.png")
+
+    def save(name: str, image: Tensor, label: Tensor | None, prediction: Tensor) -> None:
+        colour = table.colour(prediction.numpy())
+        beside = [] if label is None else [table.colour(label.numpy())]
+        write("colour", name, colour)
+        write("ids", name, table.decode(prediction.numpy()))
+        write("panels", name, side_by_side(denormalize(image.numpy()), *beside, colour))
+
+    return save
+
+
+if __name__ == "__main__":
+    exit_on(lambda: main(parse_args()), usage=(DeviceError,), data=(DataError, CheckpointError, OSError))

@@ -1,0 +1,138 @@
+"""The dilated ResNet with a deep stem (He et al., CVPR 2016; MIT scene parsing), output stride 8."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+Norm = Callable[[int], nn.Module]  # number of channels → normalisation without activation
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    """A 3×3 convolution that keeps the size at stride 1."""
+    return nn.Conv2d(
+        in_channels, out_channels, 3, stride=stride, padding=dilation, dilation=dilation, bias=False
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut (ResNet-18)."""
+
+    expansion = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        norm: Norm,
+        stride: int = 1,
+        dilation: int = 1,
+        downsample: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, planes, stride, dilation)
+        self.bn1 = norm(planes)
+        self.conv2 = conv3x3(planes, planes, dilation=dilation)
+        self.bn2 = norm(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3, 1×1 and a shortcut (ResNet-50, -101); the stride sits on the 3×3 convolution."""
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        norm: Norm,
+        stride: int = 1,
+        dilation: int = 1,
+        downsample: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False)
+        self.bn1 = norm(planes)
+        self.conv2 = conv3x3(planes, planes, stride, dilation)
+        self.bn2 = norm(planes)
+        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
+        self.bn3 = norm(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+# name: (block, blocks of each stage)
+ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+}
+
+
+class DilatedResNet(nn.Module):
+    """A ResNet whose last two stages dilate instead of striding, so that features stay at 1/8.
+
+    Args:
+        architecture: a key of ``ARCHITECTURES``.
+        norm: makes the normalisation layers; their activation is the identity, a ReLU follows.
+
+    Attributes:
+        channels: of ``layer3`` and ``layer4``.
+    """
+
+    def __init__(self, architecture: str, norm: Norm) -> None:
+        super().__init__()
+        block, (blocks1, blocks2, blocks3, blocks4) = ARCHITECTURES[architecture]
+        self.conv1, self.bn1 = conv3x3(3, 64, stride=2), norm(64)
+        self.conv2, self.bn2 = conv3x3(64, 64), norm(64)
+        self.conv3, self.bn3 = conv3x3(64, 128), norm(128)
+        self.relu = nn.ReLU(inplace=True)
+        # ceil_mode as in the reference: a 769×769 crop gives 97×97 features either way, other sizes differ.
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
+        self.layer1 = _stage(block, 128, 64, blocks1, norm)
+        self.layer2 = _stage(block, 64 * block.expansion, 128, blocks2, norm, stride=2)
+        self.layer3 = _stage(block, 128 * block.expansion, 256, blocks3, norm, dilation=2)
+        self.layer4 = _stage(block, 256 * block.expansion, 512, blocks4, norm, dilation=4)
+        self.channels = (256 * block.expansion, 512 * block.expansion)
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B,3,H,W) → outputs of layer3 and layer4, each (B, channels, ~H/8, ~W/8)."""
+        x = self.relu(self.bn1(self.conv1(images)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        x = self.relu(self.bn3(self.conv3(x)))
+        x = self.layer2(self.layer1(self.maxpool(x)))
+        layer3 = self.layer3(x)
+        return layer3, self.layer4(layer3)
+
+
+def _stage(
+    block: type[BasicBlock] | type[Bottleneck],
+    in_channels: int,
+    planes: int,
+    blocks: int,
+    norm: Norm,
+    stride: int = 1,
+    dilation: int = 1,
+) -> nn.Sequential:
+    """One stage: the first block adapts size and channels; all have the same dilation (multi-grid 1,1,1)."""
+    out_channels = planes * block.expansion
+    downsample = None
+    if stride != 1 or in_channels != out_channels:
+        downsample = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), norm(out_channels)
+        )
+    layers = [block(in_channels, planes, norm, stride, dilation, downsample)]
+    layers += [block(out_channels, planes, norm, dilation=dilation) for _ in range(1, blocks)]
+    return nn.Sequential(*layers)

@@ -1,0 +1,348 @@
+"""Train a segmentation network. Without options: the published recipe on Cityscapes, R=2 with OHEM."""
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import cc_attention
+from dataset import (
+    DATASETS,
+    DataError,
+    LabelTable,
+    Source,
+    StepSampler,
+    TrainDataset,
+    TrainTransform,
+    denormalize,
+    find_source,
+    load,
+    pairs_of,
+)
+from libs import ABN
+from networks import BACKBONES, CLASSIFIERS, HEADS, IMAGENET_CLASSIFIER, MODELS, NORMS, build_model
+from utils.arguments import Parser, boolean, count, exit_on, number, positive_int, size
+from utils.checkpoint import (
+    CheckpointError,
+    check_room,
+    load_checkpoint,
+    load_weights,
+    model_state,
+    newest_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from utils.criterion import build_criterion
+from utils.distributed import DeviceError, Process, process_group
+from utils.logger import Logger, side_by_side
+from utils.schedule import poly
+
+LOG_EVERY = 10  # steps; reading a loss waits for the device, so it is not done at every step
+PICTURES = 10  # how often in a run predictions are shown in TensorBoard
+
+# Settings that change a run's numbers: resuming with another value is not the same run any more.
+DEFINING = (
+    "dataset", "data_list", "split", "batch_size", "input_size", "learning_rate", "momentum", "weight_decay",
+    "power", "num_steps", "ignore_label", "random_mirror", "random_scale", "random_seed", "model", "backbone",
+    "recurrence", "norm", "ohem", "ohem_thres", "ohem_keep", "ft",
+)  # fmt: skip
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on: one line that says where it stopped and why."""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    switch: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+    rate = number(float, 0, exclusive=True)
+    share = number(float, 0, 1)
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-dir", type=Path, required=True, help="the data set's folder")
+    data.add_argument("--dataset", choices=DATASETS, help="which data set; guessed from the folder's layout")
+    data.add_argument("--data-list", type=Path, help="file of 'image label' lines relative to --data-dir")
+    data.add_argument("--split", default="train", help="the data set's own split, without --data-list")
+    data.add_argument("--num-classes", type=positive_int, help="needed for --dataset list, else known")
+    data.add_argument(
+        "--ignore-label", type=number(int, 0, 255), default=255, help="label that does not count"
+    )
+    data.add_argument("--input-size", type=size, default="769,769", metavar="H,W", help="crop in pixels")
+    data.add_argument("--random-scale", **switch, default=True, help="scale by 0.7, 0.8 … 2.1")
+    data.add_argument("--random-mirror", **switch, default=True, help="mirror left and right")
+    workers = min(8, os.cpu_count() or 1)
+    data.add_argument("--num-workers", type=count, default=workers, help="processes that read and augment")
+
+    network = parser.add_argument_group("network")
+    network.add_argument("--model", choices=MODELS, default="ccnet", help="the network")
+    network.add_argument("--backbone", choices=BACKBONES, default="resnet101", help="its feature extractor")
+    network.add_argument("--recurrence", type=count, default=2, help="rounds R of criss-cross attention")
+    network.add_argument(
+        "--norm", choices=NORMS, default="inplace_abn", help="normalisation; sync: over GPUs"
+    )
+    network.add_argument("--restore-from", type=Path, help="checkpoint, or ImageNet backbone, to start from")
+    network.add_argument("--not-restore-last", **switch, default=False, help="but not with its classifiers")
+
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--ohem", **switch, default=True, help="learn from hard pixels only")
+    loss.add_argument("--ohem-thres", type=share, default=0.7, help="probability up to which one is hard")
+    loss.add_argument("--ohem-keep", type=count, default=100000, help="pixels of a batch kept at least")
+
+    recipe = parser.add_argument_group("schedule")
+    recipe.add_argument("--batch-size", type=positive_int, default=8, help="images a step, over all GPUs")
+    recipe.add_argument("--num-steps", type=positive_int, default=60000, help="length of the run")
+    recipe.add_argument("--start-iters", type=count, default=0, help="step to start at, for the schedule")
+    recipe.add_argument("--learning-rate", type=rate, default=1e-2, help="at step 0; falls polynomially to 0")
+    recipe.add_argument("--power", type=number(float, 0), default=0.9, help="of the polynomial")
+    recipe.add_argument("--momentum", type=share, default=0.9, help="of SGD")
+    recipe.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of SGD")
+    recipe.add_argument(
+        "--ft", **switch, default=False, help="fine-tune: normalisation statistics stay fixed"
+    )
+    recipe.add_argument("--random-seed", type=count, default=12345, help="of weights, order, crops, dropout")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--gpu", default="auto", help="auto, cpu, or a GPU's number; several GPUs: torchrun")
+    run.add_argument("--snapshot-dir", type=Path, default="snapshots", help="for checkpoints and logs")
+    run.add_argument("--save-pred-every", type=positive_int, default=5000, help="steps between checkpoints")
+    run.add_argument("--save-num-images", type=count, default=2, help="images a time in TensorBoard")
+    run.add_argument(
+        "--resume", nargs="?", const="", metavar="CHECKPOINT",
+        help="continue the run in --snapshot-dir exactly, from its newest checkpoint or the one given",
+    )  # fmt: skip
+
+    args = parser.parse_args(argv)
+    if args.dataset == "list" and (args.num_classes is None or args.data_list is None):
+        parser.error("--dataset list needs --data-list and --num-classes")
+    if args.start_iters >= args.num_steps:
+        parser.error(f"--start-iters {args.start_iters} is not below --num-steps {args.num_steps}")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.batch_size % world_size:
+        parser.error(f"--batch-size {args.batch_size} cannot be split over {world_size} processes")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    with process_group(args.gpu) as process:
+        source = find_source(args.data_dir, args.dataset, args.num_classes, args.ignore_label)
+        pairs = pairs_of(source, args.data_dir, args.split, args.data_list)
+        args.dataset, args.num_classes = source.name, source.table.num_classes
+        transform = TrainTransform(args.input_size, args.random_scale, args.random_mirror, args.ignore_label)
+        dataset = TrainDataset(pairs, source.table, transform, args.random_seed)
+
+        torch.manual_seed(args.random_seed)
+        network = build_model(args.model, args.num_classes, args.backbone, args.recurrence, args.norm)
+        network.to(process.device, memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(
+            network.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay
+        )
+        torch.manual_seed(args.random_seed + process.rank)  # dropout differs between processes
+        first_step = restore(args, source, network, optimizer, process)
+        if process.is_main:
+            prepare_snapshots(args, network, first_step)
+            print_summary(args, len(pairs), network, process)
+        if first_step < args.num_steps:
+            train(args, source, dataset, network, optimizer, first_step, process)
+        elif process.is_main:
+            print(f"the run is complete: all {args.num_steps} steps are done")
+
+
+def restore(
+    args: argparse.Namespace,
+    source: Source,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    process: Process,
+) -> int:
+    """Load what ``--resume`` or ``--restore-from`` name; the step to go on with."""
+    if args.resume is not None:
+        path = Path(args.resume) if args.resume else newest_checkpoint(args.snapshot_dir, source.prefix)
+        if path is not None:
+            return resume(path, args, network, optimizer, process)
+        if process.is_main:
+            print(f"--resume: no {source.prefix}_*.pth in {args.snapshot_dir} yet, starting anew")
+    if args.restore_from is not None:
+        state = model_state(load_checkpoint(args.restore_from))
+        is_backbone = not any(name.startswith(HEADS) for name in state)
+        may_lack, skip = (HEADS, IMAGENET_CLASSIFIER) if is_backbone else ((), ())
+        if args.not_restore_last:
+            may_lack, skip = (*may_lack, *CLASSIFIERS), (*skip, *CLASSIFIERS)
+        load_weights(network, state, args.restore_from, may_lack, skip)
+    return args.start_iters
+
+
+def resume(
+    path: Path,
+    args: argparse.Namespace,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    process: Process,
+) -> int:
+    """Restore a run's whole state from one of its checkpoints; the step to go on with."""
+    checkpoint = load_checkpoint(path)
+    missing = {"model", "optimizer", "step", "random_states", "settings"} - checkpoint.keys()
+    if missing:
+        raise CheckpointError(f"{path}: cannot be resumed, it lacks {', '.join(sorted(missing))}")
+    now, then = settings_of(args), checkpoint["settings"]
+    changed = [f"{name} {then.get(name)} → {now[name]}" for name in DEFINING if then.get(name) != now[name]]
+    load_weights(network, model_state(checkpoint), path)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    states = checkpoint["random_states"]
+    if len(states) == process.world_size:
+        set_random_state(states[process.rank])
+    else:
+        changed.append(f"processes {len(states)} → {process.world_size}")
+    if process.is_main:
+        print(f"resuming {path} at step {checkpoint['step']}")
+        if changed:
+            print(f"not the same run any more, since these settings changed: {', '.join(changed)}")
+    return checkpoint["step"]
+
+
+def prepare_snapshots(args: argparse.Namespace, network: nn.Module, first_step: int) -> None:
+    """Find out before training whether its checkpoints will have a place."""
+    if args.resume is None and (earlier := newest_checkpoint(args.snapshot_dir)):
+        raise CheckpointError(
+            f"{args.snapshot_dir} holds {earlier.name} of an earlier run; "
+            "continue it with --resume or choose another --snapshot-dir"
+        )
+    # Weights and statistics, momentum, and a tenth for the rest.
+    entries = [*network.state_dict().values(), *network.parameters()]
+    checkpoint_bytes = int(1.1 * sum(x.numel() * x.element_size() for x in entries)) + 2**16
+    to_come = -(-(args.num_steps - first_step) // args.save_pred_every)
+    check_room(args.snapshot_dir, checkpoint_bytes, to_come)
+
+
+def print_summary(args: argparse.Namespace, num_images: int, network: nn.Module, process: Process) -> None:
+    parameters = sum(x.numel() for x in network.parameters())
+    height, width = args.input_size
+    print(
+        f"data      {args.dataset}, {num_images} images, {args.num_classes} classes, crops {height}x{width}"
+    )
+    print(
+        f"network   {args.model} on {args.backbone}, R={args.recurrence}, {parameters / 1e6:.2f} M parameters"
+    )
+    print(
+        f"device    {process.device} ({process.world_size} process(es)); attention: {cc_attention.backend()}"
+    )
+    print(f"writes    {args.snapshot_dir}/ (checkpoints, log.jsonl, TensorBoard events)")
+    if args.restore_from is None and args.resume is None:
+        print("note      no --restore-from: the backbone starts from random weights, not from ImageNet")
+
+
+def train(
+    args: argparse.Namespace,
+    source: Source,
+    dataset: TrainDataset,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    first_step: int,
+    process: Process,
+) -> None:
+    """The loop over steps ``first_step`` … ``num_steps - 1``."""
+    network.train()
+    if args.ft:
+        for module in network.modules():
+            if isinstance(module, ABN):
+                module.eval()
+    model: nn.Module = network
+    if process.world_size > 1:
+        # Without a round of attention its layer has parameters that get no gradient.
+        model = DistributedDataParallel(network, find_unused_parameters=args.recurrence == 0)
+    criterion = build_criterion(args.ohem, args.ohem_thres, args.ohem_keep, ignore_index=args.ignore_label)
+    sampler = StepSampler(args.batch_size, first_step, args.num_steps, process.rank, process.world_size)
+    batches = load(dataset, args.num_workers, sampler)
+    logger = Logger(args.snapshot_dir, first_step) if process.is_main else None
+    progress = tqdm(
+        total=args.num_steps, initial=first_step, disable=not process.is_main, unit="step", mininterval=1
+    )
+    losses: list[torch.Tensor] = []
+    since = time.perf_counter()
+
+    for step, (images, labels) in enumerate(batches, start=first_step + 1):
+        rate = poly(args.learning_rate, step - 1, args.num_steps, args.power)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        images = images.to(process.device, non_blocking=True, memory_format=torch.channels_last)
+        labels = labels.to(process.device, non_blocking=True)
+        outputs = model(images)
+        loss = criterion(outputs, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        progress.update()
+
+        save = step % args.save_pred_every == 0 or step == args.num_steps
+        if save or step % LOG_EVERY == 0:
+            mean_loss = float(process.mean(torch.stack(losses).mean()))
+            if mean_loss != mean_loss or mean_loss == float("inf"):
+                raise TrainingError(
+                    f"step {step}: the loss is {mean_loss}; the last checkpoint is intact, "
+                    "a lower --learning-rate may help"
+                )
+            speed = len(losses) * args.batch_size / (time.perf_counter() - since)
+            losses, since = [], time.perf_counter()
+            if logger:
+                progress.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.2e}")
+                logger.scalars(
+                    step, {"loss": mean_loss, "learning_rate": rate, "images_per_second": round(speed, 3)}
+                )
+        if logger and step % max(args.num_steps // PICTURES, 1) == 0:
+            show(logger, step, source.table, images, labels, outputs["out"], args.save_num_images)
+        if save:
+            random_states = process.gather(random_state())
+            if process.is_main:
+                contents = {
+                    "model": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "random_states": random_states,
+                    "settings": settings_of(args),
+                }
+                saved = save_checkpoint(contents, args.snapshot_dir, source.prefix, step)
+                progress.write(f"saved {saved}")
+    progress.close()
+    if logger:
+        logger.close()
+
+
+def show(
+    logger: Logger,
+    step: int,
+    table: LabelTable,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    logits: torch.Tensor,
+    number_of_images: int,
+) -> None:
+    """The first images of the batch, their labels and the predictions, side by side, in TensorBoard."""
+    logits = logits[:number_of_images].detach().float()
+    logits = nn.functional.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True)
+    for index, prediction in enumerate(logits.argmax(dim=1).cpu().numpy()):
+        panel = side_by_side(
+            denormalize(images[index].cpu().numpy()),
+            table.colour(labels[index].cpu().numpy()),
+            table.colour(prediction),
+        )
+        logger.picture(step, f"image, label, prediction/{index}", panel)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The command line as plain values that a checkpoint can hold."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+if __name__ == "__main__":
+    exit_on(
+        lambda: main(parse_args()),
+        usage=(DeviceError,),
+        data=(DataError, CheckpointError, TrainingError, OSError),
+    )

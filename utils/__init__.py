@@ -1,0 +1,1 @@
+"""What training and evaluation share and is true of any segmentation model."""
