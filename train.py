@@ -1,8 +1,11 @@
 """Train a segmentation network. Without options: the published recipe on Cityscapes, R=2 with OHEM."""
 
 import argparse
+import math
 import os
 import time
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,6 @@ import cc_attention
 from dataset import (
     DATASETS,
     DataError,
-    LabelTable,
     Source,
     StepSampler,
     TrainDataset,
@@ -129,72 +131,81 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@dataclass
+class Run:
+    """What the parts of a training run share."""
+
+    args: argparse.Namespace
+    source: Source
+    dataset: TrainDataset
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    process: Process
+
+
 def main(args: argparse.Namespace) -> None:
     with process_group(args.gpu) as process:
-        source = find_source(args.data_dir, args.dataset, args.num_classes, args.ignore_label)
-        pairs = pairs_of(source, args.data_dir, args.split, args.data_list)
-        args.dataset, args.num_classes = source.name, source.table.num_classes
-        transform = TrainTransform(args.input_size, args.random_scale, args.random_mirror, args.ignore_label)
-        dataset = TrainDataset(pairs, source.table, transform, args.random_seed)
-
-        torch.manual_seed(args.random_seed)
-        network = build_model(args.model, args.num_classes, args.backbone, args.recurrence, args.norm)
-        network.to(process.device, memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(
-            network.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay
-        )
-        torch.manual_seed(args.random_seed + process.rank)  # dropout differs between processes
-        first_step = restore(args, source, network, optimizer, process)
+        run = build(args, process)
+        first_step = restore(run)
         if process.is_main:
-            prepare_snapshots(args, network, first_step)
-            print_summary(args, len(pairs), network, process)
+            prepare_snapshots(run, first_step)
+            print_summary(run)
         if first_step < args.num_steps:
-            train(args, source, dataset, network, optimizer, first_step, process)
+            train(run, first_step)
         elif process.is_main:
             print(f"the run is complete: all {args.num_steps} steps are done")
 
 
-def restore(
-    args: argparse.Namespace,
-    source: Source,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    process: Process,
-) -> int:
+def build(args: argparse.Namespace, process: Process) -> Run:
+    """Data, network and optimiser of a command line."""
+    source = find_source(args.data_dir, args.dataset, args.num_classes, args.ignore_label)
+    pairs = pairs_of(source, args.data_dir, args.split, args.data_list)
+    args.dataset, args.num_classes = source.name, source.table.num_classes
+    transform = TrainTransform(args.input_size, args.random_scale, args.random_mirror, args.ignore_label)
+    dataset = TrainDataset(pairs, source.table, transform, args.random_seed)
+
+    torch.manual_seed(args.random_seed)
+    network = build_model(args.model, args.num_classes, args.backbone, args.recurrence, args.norm)
+    network.to(process.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        network.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay
+    )
+    torch.manual_seed(args.random_seed + process.rank)  # dropout differs between processes
+    return Run(args, source, dataset, network, optimizer, process)
+
+
+def restore(run: Run) -> int:
     """Load what ``--resume`` or ``--restore-from`` name; the step to go on with."""
+    args = run.args
     if args.resume is not None:
-        path = Path(args.resume) if args.resume else newest_checkpoint(args.snapshot_dir, source.prefix)
+        prefix = run.source.prefix
+        path = Path(args.resume) if args.resume else newest_checkpoint(args.snapshot_dir, prefix)
         if path is not None:
-            return resume(path, args, network, optimizer, process)
-        if process.is_main:
-            print(f"--resume: no {source.prefix}_*.pth in {args.snapshot_dir} yet, starting anew")
+            return resume(run, path)
+        if run.process.is_main:
+            print(f"--resume: no {prefix}_*.pth in {args.snapshot_dir} yet, starting anew")
     if args.restore_from is not None:
         state = model_state(load_checkpoint(args.restore_from))
         is_backbone = not any(name.startswith(HEADS) for name in state)
         may_lack, skip = (HEADS, IMAGENET_CLASSIFIER) if is_backbone else ((), ())
         if args.not_restore_last:
             may_lack, skip = (*may_lack, *CLASSIFIERS), (*skip, *CLASSIFIERS)
-        load_weights(network, state, args.restore_from, may_lack, skip)
+        load_weights(run.network, state, args.restore_from, may_lack, skip)
     return args.start_iters
 
 
-def resume(
-    path: Path,
-    args: argparse.Namespace,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    process: Process,
-) -> int:
+def resume(run: Run, path: Path) -> int:
     """Restore a run's whole state from one of its checkpoints; the step to go on with."""
     checkpoint = load_checkpoint(path)
     missing = {"model", "optimizer", "step", "random_states", "settings"} - checkpoint.keys()
     if missing:
         raise CheckpointError(f"{path}: cannot be resumed, it lacks {', '.join(sorted(missing))}")
-    now, then = settings_of(args), checkpoint["settings"]
+    load_weights(run.network, model_state(checkpoint), path)
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+
+    now, then = settings_of(run.args), checkpoint["settings"]
     changed = [f"{name} {then.get(name)} → {now[name]}" for name in DEFINING if then.get(name) != now[name]]
-    load_weights(network, model_state(checkpoint), path)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    states = checkpoint["random_states"]
+    states, process = checkpoint["random_states"], run.process
     if len(states) == process.world_size:
         set_random_state(states[process.rank])
     else:
@@ -206,125 +217,123 @@ def resume(
     return checkpoint["step"]
 
 
-def prepare_snapshots(args: argparse.Namespace, network: nn.Module, first_step: int) -> None:
+def prepare_snapshots(run: Run, first_step: int) -> None:
     """Find out before training whether its checkpoints will have a place."""
+    args = run.args
     if args.resume is None and (earlier := newest_checkpoint(args.snapshot_dir)):
         raise CheckpointError(
             f"{args.snapshot_dir} holds {earlier.name} of an earlier run; "
             "continue it with --resume or choose another --snapshot-dir"
         )
     # Weights and statistics, momentum, and a tenth for the rest.
-    entries = [*network.state_dict().values(), *network.parameters()]
+    entries = [*run.network.state_dict().values(), *run.network.parameters()]
     checkpoint_bytes = int(1.1 * sum(x.numel() * x.element_size() for x in entries)) + 2**16
     to_come = -(-(args.num_steps - first_step) // args.save_pred_every)
     check_room(args.snapshot_dir, checkpoint_bytes, to_come)
 
 
-def print_summary(args: argparse.Namespace, num_images: int, network: nn.Module, process: Process) -> None:
-    parameters = sum(x.numel() for x in network.parameters())
-    height, width = args.input_size
-    print(
-        f"data      {args.dataset}, {num_images} images, {args.num_classes} classes, crops {height}x{width}"
-    )
-    print(
-        f"network   {args.model} on {args.backbone}, R={args.recurrence}, {parameters / 1e6:.2f} M parameters"
-    )
-    print(
-        f"device    {process.device} ({process.world_size} process(es)); attention: {cc_attention.backend()}"
-    )
+def print_summary(run: Run) -> None:
+    args, process = run.args, run.process
+    images = f"{len(run.dataset.pairs)} images, {args.num_classes} classes"
+    parameters = f"{sum(x.numel() for x in run.network.parameters()) / 1e6:.2f} M parameters"
+    print(f"data      {args.dataset}, {images}, crops of {args.input_size[0]}x{args.input_size[1]}")
+    print(f"network   {args.model} on {args.backbone}, R={args.recurrence}, {parameters}")
+    print(f"device    {process.device}, {process.world_size} process(es)")
+    print(f"attention {cc_attention.backend()}")
     print(f"writes    {args.snapshot_dir}/ (checkpoints, log.jsonl, TensorBoard events)")
     if args.restore_from is None and args.resume is None:
         print("note      no --restore-from: the backbone starts from random weights, not from ImageNet")
 
 
-def train(
-    args: argparse.Namespace,
-    source: Source,
-    dataset: TrainDataset,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    first_step: int,
-    process: Process,
-) -> None:
-    """The loop over steps ``first_step`` … ``num_steps - 1``."""
-    network.train()
-    if args.ft:
-        for module in network.modules():
-            if isinstance(module, ABN):
-                module.eval()
-    model: nn.Module = network
-    if process.world_size > 1:
-        # Without a round of attention its layer has parameters that get no gradient.
-        model = DistributedDataParallel(network, find_unused_parameters=args.recurrence == 0)
+def train(run: Run, first_step: int) -> None:
+    """The loop over the steps that are left."""
+    args, process = run.args, run.process
     criterion = build_criterion(args.ohem, args.ohem_thres, args.ohem_keep, ignore_index=args.ignore_label)
     sampler = StepSampler(args.batch_size, first_step, args.num_steps, process.rank, process.world_size)
-    batches = load(dataset, args.num_workers, sampler)
-    logger = Logger(args.snapshot_dir, first_step) if process.is_main else None
-    progress = tqdm(
-        total=args.num_steps, initial=first_step, disable=not process.is_main, unit="step", mininterval=1
-    )
+    batches = load(run.dataset, args.num_workers, sampler)
+    model = training_mode(run)
     losses: list[torch.Tensor] = []
     since = time.perf_counter()
+    with (
+        Logger(args.snapshot_dir, first_step) if process.is_main else nullcontext() as logger,
+        tqdm(
+            total=args.num_steps, initial=first_step, disable=logger is None, unit="step", mininterval=1
+        ) as progress,
+    ):
+        for step, (images, labels) in enumerate(batches, start=first_step + 1):
+            rate = poly(args.learning_rate, step - 1, args.num_steps, args.power)
+            for group in run.optimizer.param_groups:
+                group["lr"] = rate
+            images = images.to(process.device, non_blocking=True, memory_format=torch.channels_last)
+            labels = labels.to(process.device, non_blocking=True)
+            outputs = model(images)
+            loss = criterion(outputs, labels)
+            run.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            run.optimizer.step()
+            losses.append(loss.detach())
+            progress.update()
 
-    for step, (images, labels) in enumerate(batches, start=first_step + 1):
-        rate = poly(args.learning_rate, step - 1, args.num_steps, args.power)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        images = images.to(process.device, non_blocking=True, memory_format=torch.channels_last)
-        labels = labels.to(process.device, non_blocking=True)
-        outputs = model(images)
-        loss = criterion(outputs, labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-        progress.update()
+            save_now = step % args.save_pred_every == 0 or step == args.num_steps
+            if save_now or step % LOG_EVERY == 0:
+                mean_loss = finite(process.mean(torch.stack(losses).mean()).item(), step)
+                if logger:
+                    speed = len(losses) * args.batch_size / (time.perf_counter() - since)
+                    progress.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.2e}")
+                    logger.scalars(
+                        step, {"loss": mean_loss, "learning_rate": rate, "images_per_second": speed}
+                    )
+                losses, since = [], time.perf_counter()
+            if logger and step % max(args.num_steps // PICTURES, 1) == 0:
+                show(run, logger, step, images, labels, outputs["out"])
+            if save_now and (path := save(run, step)):
+                progress.write(f"saved {path}")
 
-        save = step % args.save_pred_every == 0 or step == args.num_steps
-        if save or step % LOG_EVERY == 0:
-            mean_loss = float(process.mean(torch.stack(losses).mean()))
-            if mean_loss != mean_loss or mean_loss == float("inf"):
-                raise TrainingError(
-                    f"step {step}: the loss is {mean_loss}; the last checkpoint is intact, "
-                    "a lower --learning-rate may help"
-                )
-            speed = len(losses) * args.batch_size / (time.perf_counter() - since)
-            losses, since = [], time.perf_counter()
-            if logger:
-                progress.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{rate:.2e}")
-                logger.scalars(
-                    step, {"loss": mean_loss, "learning_rate": rate, "images_per_second": round(speed, 3)}
-                )
-        if logger and step % max(args.num_steps // PICTURES, 1) == 0:
-            show(logger, step, source.table, images, labels, outputs["out"], args.save_num_images)
-        if save:
-            random_states = process.gather(random_state())
-            if process.is_main:
-                contents = {
-                    "model": network.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step,
-                    "random_states": random_states,
-                    "settings": settings_of(args),
-                }
-                saved = save_checkpoint(contents, args.snapshot_dir, source.prefix, step)
-                progress.write(f"saved {saved}")
-    progress.close()
-    if logger:
-        logger.close()
+
+def training_mode(run: Run) -> nn.Module:
+    """The network as it is trained: for ``--ft`` with fixed statistics, under torchrun as one of several."""
+    run.network.train()
+    if run.args.ft:
+        for module in run.network.modules():
+            if isinstance(module, ABN):
+                module.eval()
+    if run.process.world_size == 1:
+        return run.network
+    # Without a round of attention its layer has parameters that get no gradient.
+    return DistributedDataParallel(run.network, find_unused_parameters=run.args.recurrence == 0)
+
+
+def finite(loss: float, step: int) -> float:
+    """The loss, if training can go on from it."""
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"step {step}: the loss is {loss}; the last checkpoint is intact, "
+            "a lower --learning-rate may help"
+        )
+    return loss
+
+
+def save(run: Run, step: int) -> Path | None:
+    """Write the checkpoint of a step; its path in the process that wrote it."""
+    random_states = run.process.gather(random_state())
+    if not run.process.is_main:
+        return None
+    contents = {
+        "model": run.network.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "step": step,
+        "random_states": random_states,
+        "settings": settings_of(run.args),
+    }
+    return save_checkpoint(contents, run.args.snapshot_dir, run.source.prefix, step)
 
 
 def show(
-    logger: Logger,
-    step: int,
-    table: LabelTable,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    logits: torch.Tensor,
-    number_of_images: int,
+    run: Run, logger: Logger, step: int, images: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor
 ) -> None:
     """The first images of the batch, their labels and the predictions, side by side, in TensorBoard."""
-    logits = logits[:number_of_images].detach().float()
+    table = run.source.table
+    logits = logits[: run.args.save_num_images].detach().float()
     logits = nn.functional.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True)
     for index, prediction in enumerate(logits.argmax(dim=1).cpu().numpy()):
         panel = side_by_side(

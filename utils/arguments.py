@@ -39,7 +39,8 @@ def number(
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not (least < value <= most if exclusive else least <= value <= most):
+        inside = least < value <= most if exclusive else least <= value <= most
+        if not inside or value == float("inf"):
             bounds = f"{'above' if exclusive else 'at least'} {least:g}"
             bounds += "" if most == float("inf") else f" and at most {most:g}"
             word = "a whole number" if kind is int else "a number"

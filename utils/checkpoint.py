@@ -153,7 +153,7 @@ def random_state() -> dict[str, Any]:
     name, keys, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))  # noqa: NPY002
     return {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.copy()), *rest),
+        "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -163,7 +163,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Restore what ``random_state`` returned."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy(), *rest))  # noqa: NPY002
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -34,7 +34,10 @@ class Logger:
         """A picture (H,W,3) uint8 RGB in TensorBoard."""
         self._events.add_image(name, picture, step, dataformats="HWC")
 
-    def close(self) -> None:
+    def __enter__(self) -> "Logger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
         self._events.close()
 

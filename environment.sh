@@ -1,0 +1,43 @@
+# Sourced by run_local.sh and run_tests.sh, which are run from this folder.
+#
+# use_environment REQUIREMENTS [EXTRA]: sets PYTHON to an interpreter that has what pyproject.toml asks for
+# (and its optional dependencies EXTRA). The active one is taken if it does; otherwise .venv is made with the
+# versions that REQUIREMENTS pins.
+
+use_environment() {
+    local requirements=$1 extra=${2:-} candidate
+    for candidate in python3 .venv/bin/python; do
+        if satisfies "$candidate" "$extra"; then
+            PYTHON=$(command -v "$candidate")
+            echo "environment: $PYTHON"
+            return
+        fi
+    done
+    echo "environment: installing $requirements into .venv (a few minutes, once)"
+    if [ ! -x .venv/bin/python ] && ! python3 -m venv .venv; then
+        echo "error: python3 cannot make a virtual environment; on Debian: apt install python3-venv" >&2
+        exit 1
+    fi
+    if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"; then
+        echo "error: installing $requirements failed, see above; run this again once that is mended" >&2
+        exit 1
+    fi
+    PYTHON=.venv/bin/python
+}
+
+satisfies() {
+    "$1" - "$2" 2>/dev/null <<'PYTHON'
+import sys
+import tomllib
+from importlib.metadata import version
+
+from packaging.requirements import Requirement  # tensorboard brings it along
+
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+needed = project["dependencies"] + (project["optional-dependencies"][sys.argv[1]] if sys.argv[1] else [])
+for requirement in map(Requirement, needed):
+    if not requirement.specifier.contains(version(requirement.name), prereleases=True):
+        sys.exit(1)
+PYTHON
+}

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Set up and run all that CI runs: ruff, mypy and pytest. Options go to pytest:
+#   ./run_tests.sh -k attention
+set -euo pipefail
+cd "$(dirname "$0")"
+source ./environment.sh
+use_environment requirements-test.txt test
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+"$PYTHON" -m pytest "$@"

@@ -1,0 +1,37 @@
+"""What several tests need: small data sets and real CamVid where its folder is named."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dataset.demo import generate
+from tests.samples import write_pair
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory):
+    """A tiny synthetic Cityscapes: 4 + 3 scenes of 64×128."""
+    root = tmp_path_factory.mktemp("data") / "demo"
+    generate(root, num_train=4, num_val=3, height=64, width=128)
+    return root
+
+
+@pytest.fixture(scope="session")
+def camvid():
+    """The real CamVid, named by CCNET_CAMVID."""
+    folder = os.environ.get("CCNET_CAMVID")
+    if not folder:
+        pytest.skip("CCNET_CAMVID does not name CamVid's folder")
+    if not (Path(folder) / "train.txt").is_file():
+        pytest.fail(f"CCNET_CAMVID={folder} holds no train.txt")
+    return Path(folder)
+
+
+@pytest.fixture
+def list_data(tmp_path):
+    """A folder with three pairs of three classes and its list file."""
+    root = tmp_path / "own data"
+    lines = [write_pair(root, f"scene {index}", seed=index) for index in range(3)]
+    (root / "train.lst").write_text("".join(lines))
+    return root

@@ -1,0 +1,124 @@
+"""ABN against its formula in float64."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from libs import ABN, InPlaceABN, InPlaceABNSync
+
+CLASSES = [ABN, InPlaceABN, InPlaceABNSync]
+ACTIVATIONS = {
+    "leaky_relu": lambda x: torch.where(x > 0, x, 0.01 * x),
+    "elu": lambda x: torch.where(x > 0, x, 0.01 * (x.exp() - 1)),
+    "identity": lambda x: x,
+}
+
+
+def by_formula(layer, x, mean, var):
+    """φ((x - mean) / √(var + eps) · (|weight| + eps) + bias)."""
+    view = (1, -1) + (1,) * (x.dim() - 2)
+    out = (x - mean.view(view)) / (var.view(view) + layer.eps).sqrt()
+    if layer.affine:
+        out = out * (layer.weight.abs() + layer.eps).view(view) + layer.bias.view(view)
+    return ACTIVATIONS[layer.activation](out)
+
+
+def make(kind, affine=True, activation="leaky_relu", channels=5):
+    layer = kind(channels, affine=affine, activation=activation).double()
+    if affine:  # negative and tiny weights are where |weight| + eps shows
+        layer.weight.data = torch.tensor([-1.5, 1e-6, 0.7, -1e-3, 2.0], dtype=torch.float64)[:channels]
+        layer.bias.data = torch.linspace(-1, 1, channels, dtype=torch.float64)
+    return layer
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 9), (2, 5, 1, 1), (4, 5, 11), (6, 5)])
+def test_training_and_evaluation_follow_the_formula(kind, activation, affine, shape):
+    layer = make(kind, affine, activation)
+    x = torch.randn(shape, dtype=torch.float64) * 3 + 1
+    dims = [d for d in range(x.dim()) if d != 1]
+    mean, var = x.mean(dims), x.var(dims, correction=0)
+    torch.testing.assert_close(layer(x), by_formula(layer, x, mean, var))
+    torch.testing.assert_close(layer.running_mean, 0.1 * mean)
+    torch.testing.assert_close(layer.running_var, 0.9 + 0.1 * x.var(dims, correction=1))
+    layer.eval()
+    torch.testing.assert_close(layer(x), by_formula(layer, x, layer.running_mean, layer.running_var))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients(activation):
+    layer = make(ABN, activation=activation)
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_state_dict_is_the_references(kind):
+    assert list(kind(3).state_dict()) == ["weight", "bias", "running_mean", "running_var"]
+    assert list(kind(3, affine=False).state_dict()) == ["running_mean", "running_var"]
+
+
+def test_equals_batch_norm_for_positive_weights():
+    layer, plain = ABN(5, activation="identity"), nn.BatchNorm2d(5)
+    plain.weight.data = layer.weight.data.abs() + layer.eps
+    x = torch.randn(2, 5, 6, 7)
+    torch.testing.assert_close(layer(x), plain(x))
+
+
+def test_unknown_activation():
+    with pytest.raises(ValueError, match="got 'gelu'"):
+        ABN(3, activation="gelu")
+
+
+PARTS = ((0, 2), (2, 3))  # unequal parts of a batch of 3
+
+
+def run_rank(rank, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    whole = torch.load(folder / "batch.pt")
+    layer = make(InPlaceABNSync)
+    x = whole["x"][slice(*PARTS[rank])].clone().requires_grad_()
+    out = layer(x)
+    out.backward(whole["grad"][slice(*PARTS[rank])])
+    parameters = {"weight": layer.weight.grad, "bias": layer.bias.grad}
+    for value in parameters.values():
+        dist.all_reduce(value)
+    result = {"out": out.detach(), "dx": x.grad, "var": layer.running_var, "mean": layer.running_mean}
+    torch.save(result | parameters, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one_with_the_joined_batch(tmp_path):
+    x, grad = torch.randn(2, 3, 5, 4, 6, dtype=torch.float64)
+    torch.save({"x": x, "grad": grad}, tmp_path / "batch.pt")
+    port = 29000 + os.getpid() % 1000
+    torch.multiprocessing.spawn(run_rank, (port, tmp_path), nprocs=2)
+
+    layer, joined = make(ABN), x.clone().requires_grad_()
+    out = layer(joined)
+    out.backward(grad)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+
+    def same(got, want):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+    same(torch.cat([r["out"] for r in ranks]), out.detach())
+    same(torch.cat([r["dx"] for r in ranks]), joined.grad)
+    for result in ranks:
+        same(result["weight"], layer.weight.grad)
+        same(result["bias"], layer.bias.grad)
+        same(result["mean"], layer.running_mean)
+        same(result["var"], layer.running_var)
+
+
+def test_activations_here_are_pytorchs():
+    x = torch.randn(100)
+    torch.testing.assert_close(ACTIVATIONS["elu"](x), F.elu(x, 0.01))
+    torch.testing.assert_close(ACTIVATIONS["leaky_relu"](x), F.leaky_relu(x, 0.01))

@@ -1,0 +1,145 @@
+"""Evaluation from the command line, held against the benchmark's own scripts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset import find_source, pairs_of
+from networks import build_model
+from tests.scripts.conftest import SMALL
+
+QUIET = ("--gpu", "cpu", "--num-workers", "0")
+
+
+def metrics_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture
+def evaluated(call, demo_data, trained, tmp_path):
+    """The result of a plain evaluation with its pictures."""
+    result = call(
+        "evaluate.py", "--data-dir", demo_data, "--restore-from", trained, "--output-dir", tmp_path,
+        "--whole", "--save", *QUIET,
+    )  # fmt: skip
+    assert result.status == 0, result.error
+    return result, tmp_path
+
+
+@pytest.mark.filterwarnings("ignore")  # of the foreign package
+def test_scores_are_those_of_the_benchmarks_own_scripts(call, demo_data, tmp_path):
+    scripts = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
+    torch.manual_seed(0)
+    model = build_model(backbone="resnet18")
+    model.head.bottleneck[3].weight.data.normal_()  # predicts a bit of everything
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    result = call(
+        "evaluate.py", "--data-dir", demo_data, "--restore-from", tmp_path / "plain.pth", "--save",
+        "--backbone", "resnet18", "--input-size", "49,57", "--output-dir", tmp_path, *QUIET,
+    )  # fmt: skip
+    assert result.status == 0, result.error
+    pairs = pairs_of(find_source(demo_data), demo_data, "val")
+    predictions = [str(tmp_path / "ids" / f"{pair.image.stem}.png") for pair in pairs]
+    scripts.args.evalInstLevelScore = scripts.args.JSONOutput = False
+    scripts.args.quiet = True
+    official = scripts.evaluateImgLists(predictions, [str(pair.label) for pair in pairs], scripts.args)
+
+    ours = metrics_of(tmp_path)
+    assert ours["mIoU"] == pytest.approx(official["averageScoreClasses"], abs=1e-9)
+    assert len(ours["IoU"]) == 19
+    for name, value in ours["IoU"].items():
+        expected = official["classScores"][name]
+        assert value == pytest.approx(expected, abs=1e-9) if value is not None else np.isnan(expected)
+    assert sum(value is not None and value > 0 for value in ours["IoU"].values()) >= 3
+
+
+def test_table_and_files(evaluated, demo_data, trained):
+    result, folder = evaluated
+    metrics = metrics_of(folder)
+    assert f"mIoU {100 * metrics['mIoU']:.2f} over 3 images" in result.out
+    assert "traffic light" in result.out
+    settings = metrics["settings"]
+    assert (settings["backbone"], settings["recurrence"], settings["step"]) == ("resnet18", 2, 2)
+    assert settings["checkpoint"] == str(trained)
+    counted = sum(map(sum, metrics["confusion_matrix"]))
+    labels = [find_source(demo_data).table.encode(np.array(Image.open(pair.label))) for pair in
+              pairs_of(find_source(demo_data), demo_data, "val")]  # fmt: skip
+    assert counted == sum((label != 255).sum() for label in labels)
+
+    for name in (path.name for path in (folder / "ids").iterdir()):
+        ids, colour = (np.array(Image.open(folder / kind / name)) for kind in ("ids", "colour"))
+        table = find_source(demo_data).table
+        assert (table.colour(table.encode(ids)) == colour).all()
+        panel = np.array(Image.open(folder / "panels" / name))
+        assert panel.shape == (64, 3 * 128 + 2 * 2, 3)
+        assert (panel[:, -128:] == colour).all()
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--whole", "--scales", "0.75,1,1.25", "--flip"), ("--flip", "--batch-size", "1")]
+)
+def test_protocols(call, demo_data, trained, tmp_path, options):
+    arguments = ("--data-dir", demo_data, "--restore-from", trained.parent, "--output-dir", tmp_path)
+    result = call("evaluate.py", *arguments, *QUIET, *options)
+    assert result.status == 0, result.error
+    assert metrics_of(tmp_path)["settings"]["input_size"] == [33, 41]  # the training crop
+
+
+def test_a_plain_state_dict_with_another_r(call, demo_data, tmp_path):
+    torch.save(build_model(backbone="resnet18").state_dict(), tmp_path / "plain.pth")
+    result = call(
+        "evaluate.py", "--data-dir", demo_data, "--restore-from", tmp_path / "plain.pth", "--whole",
+        "--backbone", "resnet18", "--recurrence", 3, "--output-dir", tmp_path / "out", *QUIET,
+    )  # fmt: skip
+    assert result.status == 0, result.error
+    assert metrics_of(tmp_path / "out")["settings"]["recurrence"] == 3
+
+
+def test_images_without_labels_are_predicted_not_scored(call, demo_data, trained, tmp_path):
+    source = find_source(demo_data)
+    images = [pair.image.relative_to(demo_data) for pair in pairs_of(source, demo_data, "val")]
+    (tmp_path / "test.lst").write_text("".join(f"{image}\n" for image in images))
+    arguments = ("--data-dir", demo_data, "--data-list", tmp_path / "test.lst", "--restore-from", trained,
+                 "--whole", "--output-dir", tmp_path / "out", *QUIET)  # fmt: skip
+    result = call("evaluate.py", *arguments)
+    assert result.status == 1
+    assert "no labels to be scored against; --save keeps the predictions" in result.error
+    result = call("evaluate.py", *arguments, "--save")
+    assert result.status == 0, result.error
+    assert "no scores" in result.out
+    assert len(list((tmp_path / "out" / "ids").iterdir())) == 3
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_a_perfect_network_scores_one(call, list_data, tmp_path):
+    """Labels that are all one class, and a network that says so: the whole chain must report 1."""
+    for path in (list_data / "labels").iterdir():
+        Image.fromarray(np.full((20, 30), 2, np.uint8)).save(path)
+    model = build_model(num_classes=3, backbone="resnet18")
+    model.head.bottleneck[3].weight.data.zero_()
+    model.head.bottleneck[3].bias.data = torch.tensor([0.0, 0.0, 1.0])
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    result = call(
+        "evaluate.py", "--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst",
+        "--num-classes", 3, "--restore-from", tmp_path / "plain.pth", "--backbone", "resnet18",
+        "--input-size", "17,17", "--output-dir", tmp_path, *QUIET,
+    )  # fmt: skip
+    assert result.status == 0, result.error
+    metrics = metrics_of(tmp_path)
+    assert metrics["mIoU"] == metrics["pixel_accuracy"] == 1.0
+    assert metrics["IoU"] == {"class 0": None, "class 1": None, "class 2": 1.0}
+
+
+def test_camvid(call, camvid, tmp_path):
+    (tmp_path / "two.lst").write_text("\n".join((camvid / "val.txt").read_text().splitlines()[:2]))
+    train = ("--data-dir", camvid, "--snapshot-dir", tmp_path, *SMALL, "--batch-size", 2, "--num-steps", 1)
+    assert call("train.py", *train).status == 0
+    result = call(
+        "evaluate.py", "--data-dir", camvid, "--data-list", tmp_path / "two.lst", "--whole",
+        "--restore-from", tmp_path, "--output-dir", tmp_path / "out", *QUIET,
+    )  # fmt: skip
+    assert result.status == 0, result.error
+    assert next(iter(metrics_of(tmp_path / "out")["IoU"])) == "sky"

@@ -1,0 +1,27 @@
+import json
+
+import numpy as np
+
+from utils.logger import Logger, side_by_side
+
+
+def test_log_holds_one_line_a_step_and_resuming_takes_back_what_came_after(tmp_path):
+    log = tmp_path / "run" / "log.jsonl"
+    with Logger(tmp_path / "run") as logger:
+        for step in (10, 20, 30):
+            logger.scalars(step, {"loss": float(step)})
+    log.write_text(log.read_text() + '{"step": 40, "lo')  # killed while writing
+    with Logger(tmp_path / "run", step=20) as logger:
+        logger.scalars(30, {"loss": 31.0})
+    assert [json.loads(line) for line in log.read_text().splitlines()] == [
+        {"step": 10, "loss": 10.0},
+        {"step": 20, "loss": 20.0},
+        {"step": 30, "loss": 31.0},
+    ]
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+def test_side_by_side():
+    row = side_by_side(np.zeros((4, 5, 3), np.uint8), np.zeros((4, 6, 3), np.uint8))
+    assert row.shape == (4, 5 + 2 + 6, 3)
+    assert (row[:, 5:7] == 255).all()
