@@ -6,7 +6,6 @@ a plain state dict is taken for the published network, ResNet-101 with R=2.
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,17 @@ from dataset import (
     pairs_of,
 )
 from networks import BACKBONES, MODELS, build_model
-from utils.arguments import Parser, boolean, count, exit_on, number, positive_int, scales, size
+from utils.arguments import (
+    Parser,
+    add_data_arguments,
+    boolean,
+    check_data_arguments,
+    count,
+    exit_on,
+    positive_int,
+    scales,
+    size,
+)
 from utils.checkpoint import CheckpointError, load_checkpoint, load_weights, model_state, newest_checkpoint
 from utils.distributed import DeviceError, choose_device
 from utils.inference import Predict, multi_scale, sliding, whole
@@ -49,17 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "default": False,
     }
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--data-dir", type=Path, required=True, help="the data set's folder")
-    data.add_argument("--dataset", choices=DATASETS, help="which data set; guessed from the folder's layout")
-    data.add_argument("--data-list", type=Path, help="file of 'image label' lines relative to --data-dir")
-    data.add_argument("--split", default="val", help="the data set's own split, without --data-list")
-    data.add_argument("--num-classes", type=positive_int, help="needed for --dataset list, else known")
-    data.add_argument(
-        "--ignore-label", type=number(int, 0, 255), default=255, help="label that does not count"
-    )
-    workers = min(8, os.cpu_count() or 1)
-    data.add_argument("--num-workers", type=count, default=workers, help="processes that read images")
+    add_data_arguments(parser, DATASETS, split="val")
 
     network = parser.add_argument_group("network")
     network.add_argument(
@@ -84,8 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--save", **switch, help="predictions as colours, as label ids and beside the labels")
 
     args = parser.parse_args(argv)
-    if args.dataset == "list" and (args.num_classes is None or args.data_list is None):
-        parser.error("--dataset list needs --data-list and --num-classes")
+    check_data_arguments(parser, args)
     return args
 
 

@@ -29,7 +29,17 @@ from dataset import (
 )
 from libs import ABN
 from networks import BACKBONES, CLASSIFIERS, HEADS, IMAGENET_CLASSIFIER, MODELS, NORMS, build_model
-from utils.arguments import Parser, boolean, count, exit_on, number, positive_int, size
+from utils.arguments import (
+    Parser,
+    add_data_arguments,
+    boolean,
+    check_data_arguments,
+    count,
+    exit_on,
+    number,
+    positive_int,
+    size,
+)
 from utils.checkpoint import (
     CheckpointError,
     check_room,
@@ -67,20 +77,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     rate = number(float, 0, exclusive=True)
     share = number(float, 0, 1)
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--data-dir", type=Path, required=True, help="the data set's folder")
-    data.add_argument("--dataset", choices=DATASETS, help="which data set; guessed from the folder's layout")
-    data.add_argument("--data-list", type=Path, help="file of 'image label' lines relative to --data-dir")
-    data.add_argument("--split", default="train", help="the data set's own split, without --data-list")
-    data.add_argument("--num-classes", type=positive_int, help="needed for --dataset list, else known")
-    data.add_argument(
-        "--ignore-label", type=number(int, 0, 255), default=255, help="label that does not count"
-    )
+    data = add_data_arguments(parser, DATASETS, split="train")
     data.add_argument("--input-size", type=size, default="769,769", metavar="H,W", help="crop in pixels")
     data.add_argument("--random-scale", **switch, default=True, help="scale by 0.7, 0.8 … 2.1")
     data.add_argument("--random-mirror", **switch, default=True, help="mirror left and right")
-    workers = min(8, os.cpu_count() or 1)
-    data.add_argument("--num-workers", type=count, default=workers, help="processes that read and augment")
 
     network = parser.add_argument_group("network")
     network.add_argument("--model", choices=MODELS, default="ccnet", help="the network")
@@ -90,12 +90,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--norm", choices=NORMS, default="inplace_abn", help="normalisation; sync: over GPUs"
     )
     network.add_argument("--restore-from", type=Path, help="checkpoint, or ImageNet backbone, to start from")
-    network.add_argument("--not-restore-last", **switch, default=False, help="but not with its classifiers")
+    network.add_argument("--not-restore-last", **switch, default=False, help="except its classifiers")
 
     loss = parser.add_argument_group("loss")
     loss.add_argument("--ohem", **switch, default=True, help="learn from hard pixels only")
     loss.add_argument("--ohem-thres", type=share, default=0.7, help="probability up to which one is hard")
-    loss.add_argument("--ohem-keep", type=count, default=100000, help="pixels of a batch kept at least")
+    loss.add_argument("--ohem-keep", type=count, default=100000, help="pixels kept at least, on each GPU")
 
     recipe = parser.add_argument_group("schedule")
     recipe.add_argument("--batch-size", type=positive_int, default=8, help="images a step, over all GPUs")
@@ -121,8 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
 
     args = parser.parse_args(argv)
-    if args.dataset == "list" and (args.num_classes is None or args.data_list is None):
-        parser.error("--dataset list needs --data-list and --num-classes")
+    check_data_arguments(parser, args)
     if args.start_iters >= args.num_steps:
         parser.error(f"--start-iters {args.start_iters} is not below --num-steps {args.num_steps}")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -164,6 +163,7 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     transform = TrainTransform(args.input_size, args.random_scale, args.random_mirror, args.ignore_label)
     dataset = TrainDataset(pairs, source.table, transform, args.random_seed)
 
+    torch.backends.cudnn.benchmark = True  # crops have one size, so the search for the fastest kernel pays
     torch.manual_seed(args.random_seed)
     network = build_model(args.model, args.num_classes, args.backbone, args.recurrence, args.norm)
     network.to(process.device, memory_format=torch.channels_last)

@@ -1,20 +1,25 @@
 """Command lines: types of arguments, and one clear line for whatever is wrong."""
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that there are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that shows defaults and answers mistakes with one line and exit status 2."""
 
     def __init__(self, description: str | None) -> None:
-        super().__init__(
-            description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
-        )
+        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -68,6 +73,30 @@ def size(text: str) -> tuple[int, int]:
 def scales(text: str) -> tuple[float, ...]:
     """Factors separated by commas."""
     return tuple(number(float, 0, 8, exclusive=True)(part) for part in text.split(","))
+
+
+def add_data_arguments(
+    parser: argparse.ArgumentParser, datasets: Sequence[str], split: str
+) -> argparse._ArgumentGroup:
+    """The flags that say which images and labels are meant; ``split`` is the default one."""
+    workers = min(8, len(os.sched_getaffinity(0)))
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-dir", type=Path, required=True, help="the data set's folder")
+    data.add_argument("--dataset", choices=datasets, help="which data set; guessed from the folder's layout")
+    data.add_argument("--data-list", type=Path, help="file of 'image label' lines relative to --data-dir")
+    data.add_argument("--split", default=split, help="the data set's own split, without --data-list")
+    data.add_argument("--num-classes", type=positive_int, help="needed for --dataset list, else known")
+    data.add_argument(
+        "--ignore-label", type=number(int, 0, 255), default=255, help="label that does not count"
+    )
+    data.add_argument("--num-workers", type=count, default=workers, help="processes that read the data")
+    return data
+
+
+def check_data_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What the flags of ``add_data_arguments`` must fulfil together."""
+    if args.dataset == "list" and (args.num_classes is None or args.data_list is None):
+        parser.error("--dataset list needs --data-list and --num-classes")
 
 
 def exit_on(

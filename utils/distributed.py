@@ -70,7 +70,7 @@ def choose_device(gpu: str) -> torch.device:
 
 @contextmanager
 def process_group(gpu: str) -> Iterator[Process]:
-    """Join the other processes if torchrun started this one, and leave them at the end.
+    """Join the other processes if torchrun started this one, and leave them when all went well.
 
     Raises:
         DeviceError: see ``choose_device``.
@@ -82,7 +82,6 @@ def process_group(gpu: str) -> Iterator[Process]:
         yield Process(device)
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Process(device, dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    yield Process(device, dist.get_rank(), dist.get_world_size())
+    # Not after an error: the others may wait in a collective; torchrun ends them once this process has ended.
+    dist.destroy_process_group()

@@ -1,0 +1,212 @@
+"""Criss-cross attention beside what a user would pick instead: time, memory, FLOPs and ratios in one run.
+
+    python benchmarks/attention.py
+    python benchmarks/attention.py --device cuda --dtype bfloat16 --batch 8
+
+Timings are medians of rounds in which the formulations take turns, so that a disturbance hits them all.
+"Memory" is the peak above the inputs. Ratios are over the tensor formulation, the usual public one.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cc_attention import backend, criss_cross_attention
+
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def tensor_formulation(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Batched products on permuted contiguous copies, -inf on the diagonal, cat, softmax."""
+    batch, _, height, width = query.shape
+
+    def columns(x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2).contiguous().view(batch * width, -1, height)
+
+    def rows(x: Tensor) -> Tensor:
+        return x.permute(0, 2, 1, 3).contiguous().view(batch * height, -1, width)
+
+    own = torch.full((height,), float("inf"), device=query.device, dtype=query.dtype).diag().neg()
+    own.masked_fill_(own != own, 0)
+    column = torch.bmm(columns(query).transpose(1, 2), columns(key)) + own
+    column = column.view(batch, width, height, height).permute(0, 2, 1, 3)
+    row = torch.bmm(rows(query).transpose(1, 2), rows(key)).view(batch, height, width, width)
+    attention = torch.cat([column, row], dim=3).softmax(dim=3)
+    column = attention[..., :height].permute(0, 2, 1, 3).contiguous().view(batch * width, height, height)
+    row = attention[..., height:].contiguous().view(batch * height, width, width)
+    along_column = torch.bmm(columns(value), column.transpose(1, 2)).view(batch, width, -1, height)
+    along_row = torch.bmm(rows(value), row.transpose(1, 2)).view(batch, height, -1, width)
+    return along_column.permute(0, 2, 3, 1) + along_row.permute(0, 2, 1, 3)
+
+
+def einsum_formulation(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same in einsum, without copies of our own making."""
+    height = query.shape[2]
+    own = torch.eye(height, dtype=torch.bool, device=query.device).view(1, height, 1, height)
+    column = torch.einsum("bchw,bcgw->bhwg", query, key).masked_fill(own, float("-inf"))
+    row = torch.einsum("bchw,bchv->bhwv", query, key)
+    attention = torch.cat([column, row], dim=3).softmax(dim=3)
+    along_column = torch.einsum("bcgw,bhwg->bchw", value, attention[..., :height])
+    return along_column + torch.einsum("bchv,bhwv->bchw", value, attention[..., height:])
+
+
+def non_local(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Every position attends to every position; the HW×HW attention is stored."""
+    attention = (query.flatten(2).transpose(1, 2) @ key.flatten(2)).softmax(dim=2)
+    return (value.flatten(2) @ attention.transpose(1, 2)).view_as(value)
+
+
+def non_local_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same through PyTorch's memory-efficient attention, unscaled as ours."""
+    q, k, v = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    return out.squeeze(1).transpose(1, 2).reshape(value.shape)
+
+
+FORMULATIONS: dict[str, tuple[Function, torch.memory_format]] = {
+    "ours": (criss_cross_attention, torch.channels_last),
+    "ours, NCHW inputs": (criss_cross_attention, torch.contiguous_format),
+    "tensor formulation": (tensor_formulation, torch.contiguous_format),
+    "einsum formulation": (einsum_formulation, torch.contiguous_format),
+    "non-local, explicit": (non_local, torch.contiguous_format),
+    "non-local, sdpa": (non_local_sdpa, torch.contiguous_format),
+}
+BASELINE = "tensor formulation"
+
+
+def criss_cross_flops(batch: int, reduced: int, channels: int, height: int, width: int) -> tuple[int, int]:
+    """Multiplications and additions of the matrix products, forward and forward + backward.
+
+    Each position meets H + W others (the own one twice, once masked): Cr for an energy, C for a value.
+    The backward pass recomputes the energies and has two products for each of the forward ones.
+    """
+    met = batch * height * width * (height + width)
+    forward = 2 * met * (reduced + channels)
+    return forward, forward + 2 * met * reduced + 2 * forward
+
+
+def step(function: Function, inputs: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    """Forward and backward."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return torch.autograd.grad(function(*leaves), leaves, grad)
+
+
+def peak_mib(run: Callable[[], object], device: torch.device) -> float:
+    """The most memory that is allocated at a time while ``run`` goes on, above what was before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        kept = run()
+    del kept
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    level = peak = 0
+    for _, size in changes:
+        level += size
+        peak = max(peak, level)
+    return peak / 2**20
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """For each formulation ms, MiB and GFLOP, forward and forward + backward."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    torch.manual_seed(0)
+    shapes = [(options.batch, c, *options.size) for c in (options.reduced, options.reduced, options.channels)]
+    base = [0.3 * torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    base_grad = torch.randn(shapes[2], device=device).to(dtype)
+    runs: dict[tuple[str, str], Callable[[], object]] = {}
+    results: dict[str, dict[str, float]] = {}
+    for name, (function, memory_format) in FORMULATIONS.items():
+        if name.startswith("non-local") and options.criss_cross_only:
+            continue
+        inputs = [x.contiguous(memory_format=memory_format) for x in base]
+        grad = base_grad.contiguous(memory_format=memory_format)
+        runs[name, "forward"] = lambda f=function, x=inputs: f(*x)
+        runs[name, "both"] = lambda f=function, x=inputs, g=grad: step(f, x, g)
+        results[name] = {f"{part} MiB": peak_mib(runs[name, part], device) for part in ("forward", "both")}
+        for index, part in enumerate(("forward", "both")):
+            if name.startswith("ours"):  # a custom operator is opaque to the counter
+                flops = criss_cross_flops(options.batch, options.reduced, options.channels, *options.size)[
+                    index
+                ]
+            else:
+                with FlopCounterMode(display=False) as counter:
+                    runs[name, part]()
+                flops = counter.get_total_flops()
+            results[name][f"{part} GFLOP"] = flops / 1e9
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    for index in range(options.rounds):
+        for key, run in runs.items():
+            # The slow ones, a hundred times slower, need fewer rounds for the same accuracy.
+            if index < 3 or not key[0].startswith("non-local"):
+                times[key].append(seconds(run, device))
+    for (name, part), values in times.items():
+        results[name][f"{part} ms"] = 1000 * statistics.median(values[1:] or values)
+    return results
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    heads = f"{'ms':>7} {'ratio':>7} {'MiB':>7} {'GFLOP':>7}"
+    lines = [f"{'':<20} | {'forward':^31} | {'forward + backward':^31}", f"{'':<20} | {heads} | {heads}"]
+    for name, row in results.items():
+        cells = []
+        for part in ("forward", "both"):
+            ms, memory, flops = (row[f"{part} {unit}"] for unit in ("ms", "MiB", "GFLOP"))
+            cells.append(f"{ms:7.1f} {results[BASELINE][f'{part} ms'] / ms:6.2f}x {memory:7.1f} {flops:7.2f}")
+        lines.append(f"{name:<20} | {cells[0]} | {cells[1]}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--channels", type=int, default=512)
+    parser.add_argument("--reduced", type=int, default=64, help="channels of query and key")
+    parser.add_argument("--size", type=lambda text: [int(part) for part in text.split(",")], default=[97, 97])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--criss-cross-only", action="store_true", help="leave the slow non-local ones out")
+    parser.add_argument("--json", type=Path, help="write the numbers there as well")
+    options = parser.parse_args()
+    results = measure(options)
+    height, width = options.size
+    on_gpu = options.device == "cuda"
+    where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
+    shape = f"B={options.batch} C={options.channels} Cr={options.reduced} H={height} W={width}"
+    print(f"{shape} {options.dtype}, {where}")
+    print(f"torch {torch.__version__}; {backend()}\n")
+    print(table(results))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
