@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cc_attention.reference import without_autocast
 
@@ -49,9 +50,11 @@ def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         row.div_(total.unsqueeze(2))
         column.div_(total.T.unsqueeze(2))
 
-        torch.bmm(row, v, out=out_image)
+        for part in _parts(height):
+            out_image[part] = _product(row[part], v[part])
+        del row  # makes room for the columns' copies
         for part in _parts(width):
-            out_image[:, part] += (column[part] @ v[:, part].transpose(0, 1)).transpose(0, 1)
+            out_image[:, part] += _product(column[part], v[:, part].transpose(0, 1)).transpose(0, 1)
         _store(out, index, out_image)
     return out, lse
 
@@ -111,6 +114,19 @@ def _line_backward(
     denergy = (grad @ value.transpose(1, 2)).sub_(delta).mul_(attention)
     store(dquery, denergy @ key)
     store(dkey, denergy.transpose(1, 2) @ query)
+
+
+def _product(weights: Tensor, values: Tensor) -> Tensor:
+    """(L,M,N) @ (L,N,C) → (L,M,C).
+
+    In fp32 on the CPU as a convolution with L groups: oneDNN's convolution is up to 1.6 times as fast here as
+    the batched product of MKL, which runs at half rate on AMD.
+    """
+    if values.dtype != torch.float32 or values.device.type != "cpu" or not weights.numel():
+        return weights @ values
+    lines, rows, positions = weights.shape
+    channels = values.reshape(1, lines * positions, -1)
+    return F.conv1d(channels, weights.reshape(lines * rows, positions, 1), groups=lines).view(lines, rows, -1)
 
 
 def _parts(length: int) -> Iterator[slice]:
