@@ -13,8 +13,13 @@ use_environment() {
             return
         fi
     done
+    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "error: Python 3.11 or later is needed; python3 is $(python3 --version 2>&1)" >&2
+        exit 1
+    fi
     echo "environment: installing $requirements into .venv (a few minutes, once)"
-    if [ ! -x .venv/bin/python ] && ! python3 -m venv .venv; then
+    # An attempt without Debian's python3-venv leaves a .venv that has no pip.
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1 && ! python3 -m venv --clear .venv; then
         echo "error: python3 cannot make a virtual environment; on Debian: apt install python3-venv" >&2
         exit 1
     fi

@@ -28,9 +28,9 @@ from dataset import (
 )
 from networks import BACKBONES, MODELS, build_model
 from utils.arguments import (
+    SWITCH,
     Parser,
     add_data_arguments,
-    boolean,
     check_data_arguments,
     count,
     exit_on,
@@ -38,7 +38,7 @@ from utils.arguments import (
     scales,
     size,
 )
-from utils.checkpoint import CheckpointError, load_checkpoint, load_weights, model_state, newest_checkpoint
+from utils.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, load_weights, model_state
 from utils.distributed import DeviceError, choose_device
 from utils.inference import Predict, multi_scale, sliding, whole
 from utils.logger import side_by_side
@@ -48,16 +48,12 @@ from utils.metrics import ConfusionMatrix
 PUBLISHED = {"model": "ccnet", "backbone": "resnet101", "recurrence": 2, "input_size": (769, 769)}
 
 
+class OutputError(RuntimeError):
+    """Results that cannot be written: one line that names the folder and the reason."""
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    switch: dict[str, Any] = {
-        "type": boolean,
-        "nargs": "?",
-        "const": True,
-        "metavar": "BOOL",
-        "default": False,
-    }
-
     add_data_arguments(parser, DATASETS, split="val")
 
     network = parser.add_argument_group("network")
@@ -69,18 +65,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     network.add_argument("--recurrence", type=count, help="as in the checkpoint")
 
     protocol = parser.add_argument_group("protocol")
-    protocol.add_argument("--whole", **switch, help="whole images at once instead of sliding windows")
+    protocol.add_argument(
+        "--whole", **SWITCH, default=False, help="whole images at once instead of sliding windows"
+    )
     protocol.add_argument("--input-size", type=size, metavar="H,W", help="tile; the training crop")
     protocol.add_argument(
         "--batch-size", type=positive_int, default=4, help="tiles through the network at once"
     )
     protocol.add_argument("--scales", type=scales, default="1", metavar="S,S,…", help="e.g. 0.75,1,1.25")
-    protocol.add_argument("--flip", **switch, help="average with the mirrored image's prediction")
+    protocol.add_argument(
+        "--flip", **SWITCH, default=False, help="average with the mirrored image's prediction"
+    )
 
     run = parser.add_argument_group("run")
     run.add_argument("--gpu", default="auto", help="auto, cpu, or a GPU's number")
     run.add_argument("--output-dir", type=Path, default="results", help="for metrics.json and pictures")
-    run.add_argument("--save", **switch, help="predictions as colours, as label ids and beside the labels")
+    run.add_argument(
+        "--save", **SWITCH, default=False, help="predictions as colours, as label ids and beside the labels"
+    )
 
     args = parser.parse_args(argv)
     check_data_arguments(parser, args)
@@ -96,10 +98,14 @@ def main(args: argparse.Namespace) -> None:
     path, model, settings = load_model(args, source.table.num_classes)
     model.to(device, memory_format=torch.channels_last)
     predict = whole(model) if args.whole else sliding(model, settings["input_size"], args.batch_size)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    metrics_file = prepare_output(args.output_dir)
 
     matrix = ConfusionMatrix(source.table.num_classes, args.ignore_label, device)
-    samples = load(EvaluationDataset(pairs, source.table, args.ignore_label), args.num_workers)
+    samples = load(
+        EvaluationDataset(pairs, source.table, args.ignore_label),
+        args.num_workers,
+        pin_memory=device.type == "cuda",
+    )
     save = saver(args.output_dir, source.table) if args.save else None
     evaluate(multi_scale(predict, args.scales, args.flip), samples, len(pairs), matrix, device, save)
 
@@ -108,6 +114,7 @@ def main(args: argparse.Namespace) -> None:
     if not matrix.counts.any():
         print("no labelled pixel, so there are no scores")
         return
+    scored = sum(pair.label is not None for pair in pairs)
     print(matrix.table(source.table.names))
     metrics = matrix.summary(source.table.names) | {
         "settings": {
@@ -116,31 +123,49 @@ def main(args: argparse.Namespace) -> None:
             "data_dir": str(args.data_dir),
             "dataset": source.name,
             "split": str(args.data_list or args.split),
-            "images": len(pairs),
+            "images": scored,
             "whole": args.whole,
             "scales": args.scales,
             "flip": args.flip,
         }
     }
-    file = args.output_dir / "metrics.json"
-    file.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    print(f"mIoU {100 * metrics['mIoU']:.2f} over {len(pairs)} images; written to {file}")
+    metrics_file.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    print(f"mIoU {100 * metrics['mIoU']:.2f} over {scored} images; written to {metrics_file}")
+
+
+def prepare_output(directory: Path) -> Path:
+    """Where the metrics will go; those of an earlier evaluation are removed, so that none outlives its turn.
+
+    Raises:
+        OutputError: the folder cannot be made or written to, which is found before the evaluation.
+    """
+    metrics_file = directory / "metrics.json"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        metrics_file.touch()
+        metrics_file.unlink()
+    except OSError as error:
+        raise OutputError(f"{directory}: cannot write results there ({error.strerror})") from None
+    return metrics_file
 
 
 def load_model(args: argparse.Namespace, num_classes: int) -> tuple[Path, nn.Module, dict[str, Any]]:
     """The checkpoint's path, its network in evaluation mode, and the settings it was built with."""
-    path = args.restore_from
-    if path.is_dir():
-        path = newest_checkpoint(path)
-        if path is None:
-            raise CheckpointError(f"{args.restore_from}: no checkpoint <name>_<step>.pth in this folder")
+    path = find_checkpoint(args.restore_from)
     checkpoint = load_checkpoint(path)
     trained = checkpoint.get("settings", {})
-    settings = {name: trained.get(name, default) for name, default in PUBLISHED.items()}
-    settings |= {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
-    model = build_model(settings["model"], num_classes, settings["backbone"], settings["recurrence"])
+    try:
+        settings = {name: trained.get(name, default) for name, default in PUBLISHED.items()}
+        settings |= {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
+        height, width = settings["input_size"]
+        if min(height, width) < 1:
+            raise ValueError(f"input_size {height},{width}")
+        model = build_model(settings["model"], num_classes, settings["backbone"], settings["recurrence"])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its settings make no network ({error})") from None
     load_weights(model, model_state(checkpoint), path)
-    return path, model.eval(), settings | {"step": checkpoint.get("step")}
+    step = checkpoint.get("step")
+    return path, model.eval(), settings | {"step": step if isinstance(step, int) else None}
 
 
 @torch.inference_mode()
@@ -181,4 +206,8 @@ def saver(directory: Path, table: LabelTable) -> Callable[[str, Tensor, Tensor |
 
 
 if __name__ == "__main__":
-    exit_on(lambda: main(parse_args()), usage=(DeviceError,), data=(DataError, CheckpointError, OSError))
+    exit_on(
+        lambda: main(parse_args()),
+        usage=(DeviceError,),
+        data=(DataError, CheckpointError, OutputError, OSError, MemoryError),
+    )

@@ -8,10 +8,27 @@
 # Variables: BACKBONE=resnet101-imagenet.pth, the ImageNet weights of the recipe ("none": start from random
 # weights); DEMO_STEPS=300, the length of the demo.
 set -euo pipefail
+fail() { echo "run_local.sh: error: $2" >&2; exit "$1"; }
+
+case "${1:-}" in
+-h | --help) sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+-*) fail 2 "expected the path of a Cityscapes folder, got $1 (see --help)" ;;
+esac
+for option in "${@:2}"; do
+    case "$option" in
+    --data-dir* | --snapshot-dir*) fail 2 "$option is set here; call train.py and evaluate.py yourself to choose it" ;;
+    esac
+done
 data=${1:+$(realpath -m -- "$1")}
 backbone=${BACKBONE:-resnet101-imagenet.pth}
-[ "$backbone" = none ] || backbone=$(realpath -m -- "$backbone")
+if [ -f "$backbone" ]; then backbone=$(realpath -- "$backbone"); fi
 cd "$(dirname "$0")"
+if [ -n "$data" ]; then
+    [ -d "$data" ] || fail 1 "$data: no such data folder"
+    [ "$backbone" = none ] || [ -f "$backbone" ] || fail 1 "no $backbone here: the recipe starts from ImageNet weights, \
+to be had from http://sceneparsing.csail.mit.edu/model/pretrained_resnet/resnet101-imagenet.pth \
+(BACKBONE=/path/to/it names another place, BACKBONE=none starts from random weights)"
+fi
 source ./environment.sh
 use_environment requirements.txt
 
@@ -29,14 +46,7 @@ demo() {
 
 published() {
     local gpus launch=("$PYTHON") weights=(--restore-from "$backbone")
-    if [ "$backbone" = none ]; then
-        weights=()
-    elif [ ! -f "$backbone" ]; then
-        echo "error: no $backbone: the recipe starts from ImageNet weights, to be had from" >&2
-        echo "http://sceneparsing.csail.mit.edu/model/pretrained_resnet/resnet101-imagenet.pth" >&2
-        echo "(BACKBONE=/path/to/it names another place, BACKBONE=none starts from random weights)" >&2
-        exit 1
-    fi
+    if [ "$backbone" = none ]; then weights=(); fi
     gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
     while [ "$gpus" -gt 1 ] && [ $((8 % gpus)) -ne 0 ]; do gpus=$((gpus - 1)); done # share a batch of 8
     if [ "$gpus" -gt 1 ]; then

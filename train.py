@@ -2,7 +2,7 @@
 
 import argparse
 import math
-import os
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,15 +24,16 @@ from dataset import (
     TrainTransform,
     denormalize,
     find_source,
+    fingerprint,
     load,
     pairs_of,
 )
 from libs import ABN
 from networks import BACKBONES, CLASSIFIERS, HEADS, IMAGENET_CLASSIFIER, MODELS, NORMS, build_model
 from utils.arguments import (
+    SWITCH,
     Parser,
     add_data_arguments,
-    boolean,
     check_data_arguments,
     count,
     exit_on,
@@ -43,6 +44,7 @@ from utils.arguments import (
 from utils.checkpoint import (
     CheckpointError,
     check_room,
+    find_checkpoint,
     load_checkpoint,
     load_weights,
     model_state,
@@ -50,9 +52,10 @@ from utils.checkpoint import (
     random_state,
     save_checkpoint,
     set_random_state,
+    step_of,
 )
 from utils.criterion import build_criterion
-from utils.distributed import DeviceError, Process, process_group
+from utils.distributed import DeviceError, Process, process_group, world_size
 from utils.logger import Logger, side_by_side
 from utils.schedule import poly
 
@@ -61,7 +64,7 @@ PICTURES = 10  # how often in a run predictions are shown in TensorBoard
 
 # Settings that change a run's numbers: resuming with another value is not the same run any more.
 DEFINING = (
-    "dataset", "data_list", "split", "batch_size", "input_size", "learning_rate", "momentum", "weight_decay",
+    "batch_size", "input_size", "learning_rate", "momentum", "weight_decay",
     "power", "num_steps", "ignore_label", "random_mirror", "random_scale", "random_seed", "model", "backbone",
     "recurrence", "norm", "ohem", "ohem_thres", "ohem_keep", "ft",
 )  # fmt: skip
@@ -73,14 +76,13 @@ class TrainingError(RuntimeError):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    switch: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
     rate = number(float, 0, exclusive=True)
     share = number(float, 0, 1)
 
     data = add_data_arguments(parser, DATASETS, split="train")
     data.add_argument("--input-size", type=size, default="769,769", metavar="H,W", help="crop in pixels")
-    data.add_argument("--random-scale", **switch, default=True, help="scale by 0.7, 0.8 … 2.1")
-    data.add_argument("--random-mirror", **switch, default=True, help="mirror left and right")
+    data.add_argument("--random-scale", **SWITCH, default=True, help="scale by 0.7, 0.8 … 2.1")
+    data.add_argument("--random-mirror", **SWITCH, default=True, help="mirror left and right")
 
     network = parser.add_argument_group("network")
     network.add_argument("--model", choices=MODELS, default="ccnet", help="the network")
@@ -90,10 +92,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--norm", choices=NORMS, default="inplace_abn", help="normalisation; sync: over GPUs"
     )
     network.add_argument("--restore-from", type=Path, help="checkpoint, or ImageNet backbone, to start from")
-    network.add_argument("--not-restore-last", **switch, default=False, help="except its classifiers")
+    network.add_argument("--not-restore-last", **SWITCH, default=False, help="except its classifiers")
 
     loss = parser.add_argument_group("loss")
-    loss.add_argument("--ohem", **switch, default=True, help="learn from hard pixels only")
+    loss.add_argument("--ohem", **SWITCH, default=True, help="learn from hard pixels only")
     loss.add_argument("--ohem-thres", type=share, default=0.7, help="probability up to which one is hard")
     loss.add_argument("--ohem-keep", type=count, default=100000, help="pixels kept at least, on each GPU")
 
@@ -106,9 +108,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     recipe.add_argument("--momentum", type=share, default=0.9, help="of SGD")
     recipe.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of SGD")
     recipe.add_argument(
-        "--ft", **switch, default=False, help="fine-tune: normalisation statistics stay fixed"
+        "--ft", **SWITCH, default=False, help="fine-tune: normalisation statistics stay fixed"
     )
-    recipe.add_argument("--random-seed", type=count, default=12345, help="of weights, order, crops, dropout")
+    recipe.add_argument(
+        "--random-seed",
+        type=number(int, 0, 2**32 - 1),
+        default=12345,
+        help="of weights, order, crops, dropout",
+    )
 
     run = parser.add_argument_group("run")
     run.add_argument("--gpu", default="auto", help="auto, cpu, or a GPU's number; several GPUs: torchrun")
@@ -124,9 +131,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check_data_arguments(parser, args)
     if args.start_iters >= args.num_steps:
         parser.error(f"--start-iters {args.start_iters} is not below --num-steps {args.num_steps}")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.batch_size % world_size:
-        parser.error(f"--batch-size {args.batch_size} cannot be split over {world_size} processes")
+    if args.batch_size % world_size():
+        parser.error(f"--batch-size {args.batch_size} cannot be split over {world_size()} processes")
+    height, width = args.input_size
+    if args.batch_size // world_size() * -(-height // 8) * -(-width // 8) < 2:
+        parser.error("one feature a batch has no variance: raise --input-size or --batch-size")
     return args
 
 
@@ -146,8 +155,12 @@ def main(args: argparse.Namespace) -> None:
     with process_group(args.gpu) as process:
         run = build(args, process)
         first_step = restore(run)
+        fault = prepare_snapshots(run, first_step) if process.is_main else None
+        if process.gather(fault)[0] is not None:  # all stop, one speaks
+            if fault is None:
+                sys.exit(1)
+            raise fault
         if process.is_main:
-            prepare_snapshots(run, first_step)
             print_summary(run)
         if first_step < args.num_steps:
             train(run, first_step)
@@ -160,6 +173,7 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     source = find_source(args.data_dir, args.dataset, args.num_classes, args.ignore_label)
     pairs = pairs_of(source, args.data_dir, args.split, args.data_list)
     args.dataset, args.num_classes = source.name, source.table.num_classes
+    args.images = fingerprint(pairs, args.data_dir)
     transform = TrainTransform(args.input_size, args.random_scale, args.random_mirror, args.ignore_label)
     dataset = TrainDataset(pairs, source.table, transform, args.random_seed)
 
@@ -181,16 +195,17 @@ def restore(run: Run) -> int:
         prefix = run.source.prefix
         path = Path(args.resume) if args.resume else newest_checkpoint(args.snapshot_dir, prefix)
         if path is not None:
-            return resume(run, path)
+            return resume(run, find_checkpoint(path))
         if run.process.is_main:
             print(f"--resume: no {prefix}_*.pth in {args.snapshot_dir} yet, starting anew")
     if args.restore_from is not None:
-        state = model_state(load_checkpoint(args.restore_from))
+        path = find_checkpoint(args.restore_from)
+        state = model_state(load_checkpoint(path))
         is_backbone = not any(name.startswith(HEADS) for name in state)
         may_lack, skip = (HEADS, IMAGENET_CLASSIFIER) if is_backbone else ((), ())
         if args.not_restore_last:
             may_lack, skip = (*may_lack, *CLASSIFIERS), (*skip, *CLASSIFIERS)
-        load_weights(run.network, state, args.restore_from, may_lack, skip)
+        load_weights(run.network, state, path, may_lack, skip)
     return args.start_iters
 
 
@@ -201,35 +216,61 @@ def resume(run: Run, path: Path) -> int:
     if missing:
         raise CheckpointError(f"{path}: cannot be resumed, it lacks {', '.join(sorted(missing))}")
     load_weights(run.network, model_state(checkpoint), path)
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    process = run.process
+    try:
+        step, states, then = (
+            int(checkpoint["step"]),
+            checkpoint["random_states"],
+            dict(checkpoint["settings"]),
+        )
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        if len(states) == process.world_size:
+            set_random_state(states[process.rank], process.device)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: cannot be resumed, its contents are damaged ({reason})") from None
+    for group in run.optimizer.param_groups:  # the rate is set at each step
+        group["momentum"], group["weight_decay"] = run.args.momentum, run.args.weight_decay
 
-    now, then = settings_of(run.args), checkpoint["settings"]
+    now = settings_of(run.args)
+    if then.get("images") != now["images"]:
+        raise CheckpointError(
+            f"{path}: was trained on other data ({then.get('images')}, not {now['images']})"
+        )
     changed = [f"{name} {then.get(name)} → {now[name]}" for name in DEFINING if then.get(name) != now[name]]
-    states, process = checkpoint["random_states"], run.process
-    if len(states) == process.world_size:
-        set_random_state(states[process.rank])
-    else:
-        changed.append(f"processes {len(states)} → {process.world_size}")
+    changed += (
+        [f"processes {len(states)} → {process.world_size}"] if len(states) != process.world_size else []
+    )
     if process.is_main:
-        print(f"resuming {path} at step {checkpoint['step']}")
+        print(f"resuming {path} at step {step}")
         if changed:
             print(f"not the same run any more, since these settings changed: {', '.join(changed)}")
-    return checkpoint["step"]
+    return step
 
 
-def prepare_snapshots(run: Run, first_step: int) -> None:
-    """Find out before training whether its checkpoints will have a place."""
+def prepare_snapshots(run: Run, first_step: int) -> CheckpointError | None:
+    """Find out before training whether its checkpoints will have a place; else what is wrong."""
     args = run.args
-    if args.resume is None and (earlier := newest_checkpoint(args.snapshot_dir)):
-        raise CheckpointError(
-            f"{args.snapshot_dir} holds {earlier.name} of an earlier run; "
+    newest = newest_checkpoint(args.snapshot_dir)
+    if newest and args.resume is None:
+        return CheckpointError(
+            f"{args.snapshot_dir} holds {newest.name} of an earlier run; "
             "continue it with --resume or choose another --snapshot-dir"
+        )
+    if newest and step_of(newest) > first_step:
+        return CheckpointError(
+            f"{args.snapshot_dir} holds {newest.name}, which is later than step {first_step}; "
+            "resume that one, move it away, or choose another --snapshot-dir"
         )
     # Weights and statistics, momentum, and a tenth for the rest.
     entries = [*run.network.state_dict().values(), *run.network.parameters()]
     checkpoint_bytes = int(1.1 * sum(x.numel() * x.element_size() for x in entries)) + 2**16
     to_come = -(-(args.num_steps - first_step) // args.save_pred_every)
-    check_room(args.snapshot_dir, checkpoint_bytes, to_come)
+    try:
+        check_room(args.snapshot_dir, checkpoint_bytes, to_come)
+    except CheckpointError as fault:
+        return fault
+    return None
 
 
 def print_summary(run: Run) -> None:
@@ -250,7 +291,7 @@ def train(run: Run, first_step: int) -> None:
     args, process = run.args, run.process
     criterion = build_criterion(args.ohem, args.ohem_thres, args.ohem_keep, ignore_index=args.ignore_label)
     sampler = StepSampler(args.batch_size, first_step, args.num_steps, process.rank, process.world_size)
-    batches = load(run.dataset, args.num_workers, sampler)
+    batches = load(run.dataset, args.num_workers, sampler, pin_memory=process.device.type == "cuda")
     model = training_mode(run)
     losses: list[torch.Tensor] = []
     since = time.perf_counter()
@@ -307,15 +348,14 @@ def finite(loss: float, step: int) -> float:
     """The loss, if training can go on from it."""
     if not math.isfinite(loss):
         raise TrainingError(
-            f"step {step}: the loss is {loss}; the last checkpoint is intact, "
-            "a lower --learning-rate may help"
+            f"step {step}: the loss is {loss}; earlier checkpoints are kept, a lower --learning-rate may help"
         )
     return loss
 
 
 def save(run: Run, step: int) -> Path | None:
     """Write the checkpoint of a step; its path in the process that wrote it."""
-    random_states = run.process.gather(random_state())
+    random_states = run.process.gather(random_state(run.process.device))
     if not run.process.is_main:
         return None
     contents = {
@@ -353,5 +393,5 @@ if __name__ == "__main__":
     exit_on(
         lambda: main(parse_args()),
         usage=(DeviceError,),
-        data=(DataError, CheckpointError, TrainingError, OSError),
+        data=(DataError, CheckpointError, TrainingError, OSError, MemoryError),
     )

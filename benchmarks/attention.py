@@ -105,6 +105,7 @@ def step(function: Function, inputs: list[Tensor], grad: Tensor) -> tuple[Tensor
 def peak_mib(run: Callable[[], object], device: torch.device) -> float:
     """The most memory that is allocated at a time while ``run`` goes on, above what was before."""
     if device.type == "cuda":
+        run()  # the first call gets workspaces that stay
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

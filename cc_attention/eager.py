@@ -1,4 +1,4 @@
-"""Forward and backward in plain PyTorch that never hold more than a few lines of the attention's output.
+"""Forward and backward in plain PyTorch, lean: a few lines are worked on at a time.
 
 Each image is handled as a (H,W,C) array, which a channels-last tensor is without a copy: a row of it is a
 matrix of leading dimension C, a column one of leading dimension W·C. Both go to batched matrix products as
@@ -122,7 +122,7 @@ def _product(weights: Tensor, values: Tensor) -> Tensor:
     In fp32 on the CPU as a convolution with L groups: oneDNN's convolution is up to 1.6 times as fast here as
     the batched product of MKL, which runs at half rate on AMD.
     """
-    if values.dtype != torch.float32 or values.device.type != "cpu" or not weights.numel():
+    if values.dtype != torch.float32 or values.device.type != "cpu" or not values.numel():
         return weights @ values
     lines, rows, positions = weights.shape
     channels = values.reshape(1, lines * positions, -1)

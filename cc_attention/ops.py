@@ -53,6 +53,9 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
         return torch.ops.cc_attention.criss_cross_attention_backward(grad, query, key, value, out, lse)
     # A graph of this gradient is wanted (create_graph=True): take it from the formula, which autograd can
     # differentiate as often as anyone asks.
+    # Aliases cut the inputs off from each other: where key is computed from query, the gradient of query must
+    # not hold what reaches it through key, which autograd adds itself.
+    query, key, value = (x.view_as(x) for x in (query, key, value))
     needed = [x for x, need in zip((query, key, value), ctx.needs_input_grad, strict=True) if need]
     again = reference.criss_cross_attention(query, key, value)
     grads = iter(torch.autograd.grad(again, needed, grad, create_graph=True))
@@ -114,7 +117,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x.to(dtype) if x.is_floating_point() else x for x in tensors)
+    # As PyTorch's own products: fp64 stays what it is.
+    castable = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(x.to(dtype) if x.dtype in castable else x for x in tensors)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dataset.camvid import CAMVID
 from dataset.cityscapes import CITYSCAPES
-from dataset.files import Pair, Source, read_list, require_files
+from dataset.files import Pair, Source, fingerprint, read_list, require_files
 from dataset.labels import DataError, LabelTable, generic_table
 from dataset.loader import EvaluationDataset, StepSampler, TrainDataset, load
 from dataset.transforms import TrainTransform, denormalize
@@ -24,6 +24,7 @@ __all__ = [
     "TrainTransform",
     "denormalize",
     "find_source",
+    "fingerprint",
     "load",
     "pairs_of",
 ]
@@ -50,6 +51,8 @@ def find_source(
     if name == "list":
         if num_classes is None:
             raise DataError("--dataset list needs --num-classes")
+        if ignore_label < num_classes:
+            raise DataError(f"--ignore-label {ignore_label} is one of the {num_classes} classes")
         return _generic_source(num_classes, ignore_label)
     if name is None:
         matching = [source.name for source in SOURCES.values() if source.matches(root)]
@@ -61,15 +64,22 @@ def find_source(
             )
         name = matching[0]
     source = SOURCES[name]
-    if num_classes not in (None, source.table.num_classes):
-        raise DataError(f"--num-classes {num_classes}: {name} has {source.table.num_classes} classes")
+    known = source.table.num_classes
+    if num_classes not in (None, known):
+        raise DataError(f"--num-classes {num_classes}: {name} has {known} classes")
+    if ignore_label < known:
+        raise DataError(f"--ignore-label {ignore_label} is one of the {known} classes of {name}")
     return source
 
 
 def pairs_of(source: Source, root: Path, split: str, list_file: Path | None = None) -> list[Pair]:
     """The samples of a list file or, without one, of a split of the data set; every file named exists."""
     if list_file is not None:
-        return read_list(list_file, root)
+        pairs = read_list(list_file, root)
+        for _, label in pairs:
+            if label is not None and label.name.endswith(source.foreign_labels):
+                raise DataError(f"{list_file}: {label.name} does not hold the label ids of {source.name}")
+        return pairs
     if split not in source.splits:
         raise DataError(
             f"--split {split}: {source.name} has {', '.join(source.splits) or 'no splits of its own'}"
@@ -85,6 +95,7 @@ def _generic_source(num_classes: int, ignore_label: int) -> Source:
         prefix="model",
         table=generic_table(num_classes, ignore_label),
         splits=(),
+        foreign_labels=(),
         layout="any; a list file names the pairs",
         matches=lambda root: False,
         find_pairs=lambda root, split: [],

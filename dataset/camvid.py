@@ -52,6 +52,7 @@ CAMVID = Source(
     prefix="CamVid",
     table=TABLE,
     splits=tuple(SPLITS),
+    foreign_labels=(),
     layout="<split>/*.png or *.jpg and <split>annot/*.png",
     matches=lambda root: (root / "trainannot").is_dir() or (root / "testannot").is_dir(),
     find_pairs=find_pairs,

@@ -75,6 +75,7 @@ CITYSCAPES = Source(
     prefix="CS_scenes",
     table=TABLE,
     splits=tuple(SPLITS),
+    foreign_labels=("_labelTrainIds.png", "_instanceIds.png", "_color.png"),
     layout="leftImg8bit/<split>/<city>/*_leftImg8bit.png and gtFine/<split>/<city>/*_gtFine_labelIds.png",
     matches=lambda root: (root / "leftImg8bit").is_dir(),
     find_pairs=find_pairs,

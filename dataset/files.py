@@ -1,5 +1,7 @@
 """Reading images, labels and list files, with one clear line for whatever is wrong with them."""
 
+import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ class Source:
     prefix: str  # of checkpoint names: <prefix>_<step>.pth
     table: LabelTable
     splits: tuple[str, ...]
+    foreign_labels: tuple[str, ...]  # endings of label files that come with the data but hold other values
     layout: str  # one line that tells a user which files are expected
     matches: Callable[[Path], bool]  # does this folder look like the data set?
     find_pairs: Callable[[Path, str], list[Pair]]
@@ -38,9 +41,13 @@ def read_image(path: Path) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # conversion would clip them to 0 … 255
+                raise DataError(f"{path}: an image has 8 bits a channel, this one is of mode {image.mode}")
             return np.asarray(image.convert("RGB"))[:, :, ::-1]
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
+    except DataError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: unreadable or truncated image ({error})") from None
 
@@ -49,8 +56,10 @@ def read_label(path: Path) -> np.ndarray:
     """A label file as (H,W) uint8: the stored values of a grey or palette image."""
     try:
         with Image.open(path) as image:
-            if image.mode not in ("L", "P"):
-                raise DataError(f"{path}: a label has one 8-bit value a pixel, this image is {image.mode}")
+            # Of a grey PNG with 2 or 4 bits, raw mode "L;2" or "L;4", Pillow multiplies the values.
+            packed = any(str(tile[3]).startswith("L;") for tile in image.tile)
+            if packed or image.mode not in ("L", "P"):
+                raise DataError(f"{path}: a label is an 8-bit grey or palette image, not {image.mode}")
             return np.array(image)
     except FileNotFoundError:
         raise DataError(f"{path}: no such label") from None
@@ -83,7 +92,7 @@ def read_list(list_file: Path, root: Path) -> list[Pair]:
     Blanks separate as well, as long as no path holds one. Empty lines are passed over.
     """
     try:
-        lines = list_file.read_text(encoding="utf-8").splitlines()
+        lines = list_file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{list_file}: cannot read this list file ({error})") from None
     pairs = []
@@ -94,7 +103,7 @@ def read_list(list_file: Path, root: Path) -> list[Pair]:
         if len(fields) > 2 or not all(fields):
             raise DataError(f"{list_file}, line {number}: expected 'image label', got {line.strip()!r}")
         for field in fields:
-            if not (root / field).is_file():
+            if not is_file(root / field):
                 raise DataError(f"{list_file}, line {number}: no file {root / field}")
         pairs.append(Pair(root / fields[0], root / fields[1] if len(fields) == 2 else None))
     if not pairs:
@@ -102,9 +111,23 @@ def read_list(list_file: Path, root: Path) -> list[Pair]:
     return pairs
 
 
+def fingerprint(pairs: list[Pair], root: Path) -> str:
+    """The number of samples and a hash of their names, by which a resumed run knows its data again."""
+    names = "\n".join(os.path.relpath(path, root) for pair in pairs for path in pair if path is not None)
+    return f"{len(pairs)} images, {hashlib.sha256(names.encode()).hexdigest()[:12]}"
+
+
+def is_file(path: Path) -> bool:
+    """As ``Path.is_file``, which raises for a name that is too long to exist."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def require_files(pairs: list[Pair]) -> None:
     """Raise DataError for the first image or label that does not exist."""
     for pair in pairs:
         for path in pair:
-            if path is not None and not path.is_file():
+            if path is not None and not is_file(path):
                 raise DataError(f"{path}: file is missing")

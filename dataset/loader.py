@@ -92,23 +92,33 @@ class StepSampler:
         return self.last_step - self.first_step
 
 
-def load(dataset: Dataset[Any], num_workers: int, sampler: StepSampler | None = None) -> Iterator[Any]:
-    """Batches of a TrainDataset as the sampler orders them, or the single samples of a EvaluationDataset.
+def load(
+    dataset: Dataset[Any], num_workers: int, sampler: StepSampler | None = None, pin_memory: bool = False
+) -> Iterator[Any]:
+    """Batches of a TrainDataset as the sampler orders them, or the single samples of an EvaluationDataset.
+
+    Args:
+        num_workers: processes that read; 0 reads in this one.
+        pin_memory: for a GPU, to which pinned memory is copied in the background.
 
     Raises:
-        DataError: as the data set does, also when a worker process met the fault.
+        DataError: as the data set does, also when a worker process met the fault; or a worker died.
     """
     loader = DataLoader(
         dataset,
         batch_size=1 if sampler is not None else None,
         batch_sampler=sampler,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         # A generator of its own: starting workers draws a number, and the run's generator must not notice.
         generator=torch.Generator().manual_seed(0),
     )
     try:
         yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(f"a worker process that reads the data died ({str(error).splitlines()[0]})") from None
     except DataError as error:
         # From a worker the message arrives wrapped in its traceback, ours being the last line.
         raise DataError(

@@ -19,7 +19,7 @@ def normalize(image: np.ndarray) -> np.ndarray:
 
 def denormalize(image: np.ndarray) -> np.ndarray:
     """(3,H,W) float32 as the network sees it → (H,W,3) uint8 RGB, to be looked at."""
-    return np.clip(image.transpose(1, 2, 0) + MEAN_BGR, 0, 255).astype(np.uint8)[:, :, ::-1]
+    return np.clip(np.rint(image.transpose(1, 2, 0) + MEAN_BGR), 0, 255).astype(np.uint8)[:, :, ::-1]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """The formula of activated batch normalisation, y = φ(x̂ · (|weight| + eps) + bias), in PyTorch."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as collective
-from torch import Tensor
+from torch import Tensor, autograd
 from torch.nn import functional as F
 
 ACTIVATIONS = ("leaky_relu", "elu", "identity")
@@ -25,6 +26,23 @@ def scale_of(weight: Tensor | None, eps: float) -> Tensor | None:
     plain BatchNorm wherever a weight is negative.
     """
     return None if weight is None else weight.abs() + eps
+
+
+class AllGather(autograd.Function):
+    """The vectors (N,) of all processes, stacked (P,N); the gradient is summed over the processes."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(vector) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, vector, group=group)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[dist.get_rank(ctx.group)], None
 
 
 def synchronized_batch_norm(
@@ -51,7 +69,7 @@ def synchronized_batch_norm(
     dims = [dim for dim in range(x.dim()) if dim != 1]
     var, mean = torch.var_mean(wide, dim=dims, correction=0)
     count = mean.new_full((1,), x.numel() / channels)
-    parts = torch.stack(collective.all_gather(torch.cat((mean, var, count)), group=group))
+    parts = AllGather.apply(torch.cat((mean, var, count)), group)
     means, variances, counts = parts.split((channels, channels, 1), dim=1)
 
     total = counts.sum()

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -22,7 +22,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        speaks = os.environ.get("RANK", "0") == "0"  # of several processes, which all have this command line
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n" if speaks else None)
 
 
 def boolean(text: str) -> bool:
@@ -57,6 +58,7 @@ def number(
 
 positive_int = number(int, 1)
 count = number(int, 0)
+SWITCH: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
 
 
 def size(text: str) -> tuple[int, int]:
@@ -85,7 +87,7 @@ def add_data_arguments(
     data.add_argument("--dataset", choices=datasets, help="which data set; guessed from the folder's layout")
     data.add_argument("--data-list", type=Path, help="file of 'image label' lines relative to --data-dir")
     data.add_argument("--split", default=split, help="the data set's own split, without --data-list")
-    data.add_argument("--num-classes", type=positive_int, help="needed for --dataset list, else known")
+    data.add_argument("--num-classes", type=number(int, 1, 255), help="needed for --dataset list")
     data.add_argument(
         "--ignore-label", type=number(int, 0, 255), default=255, help="label that does not count"
     )

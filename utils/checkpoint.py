@@ -4,6 +4,7 @@ import os
 import random
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +33,10 @@ def save_checkpoint(contents: dict[str, Any], directory: Path, prefix: str, step
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):  # torch reports a failed write as RuntimeError
+            raise
         reason = error.strerror if isinstance(error, OSError) else "write failed, is the disk full?"
         raise CheckpointError(
             f"{path}: cannot save the checkpoint ({reason}); earlier ones are kept"
@@ -43,12 +46,29 @@ def save_checkpoint(contents: dict[str, Any], directory: Path, prefix: str, step
 
 def newest_checkpoint(directory: Path, prefix: str = "") -> Path | None:
     """The checkpoint of the highest step in a folder."""
-    steps = {}
-    for path in directory.glob(f"{prefix}*.pth"):
-        match = re.fullmatch(r"(.*)_(\d+)\.pth", path.name)
-        if match and prefix in ("", match[1]):
-            steps[int(match[2])] = path
-    return steps[max(steps)] if steps else None
+    named = re.compile((re.escape(prefix) or ".*") + r"_\d+\.pth")
+    return max(
+        (path for path in directory.glob("*.pth") if named.fullmatch(path.name)), key=step_of, default=None
+    )
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.rsplit("_", 1)[1])
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The file itself, or the newest checkpoint of a folder.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
+    if not path.is_dir():
+        return path
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise CheckpointError(f"{path}: no checkpoint <name>_<step>.pth in this folder")
+    return newest
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -58,12 +78,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: not there, truncated, not a checkpoint, or holding objects that would have to be
             unpickled, which could run any code and is never done.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # about pickles that are refused in the next line anyway
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise CheckpointError(f"{path}: cannot read this checkpoint ({error.strerror})") from None
     except Exception as error:
-        if "weights_only" in str(error).lower() or "Unsupported global" in str(error):
+        with path.open("rb") as file:
+            is_pickle = file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        if is_pickle and "Unsupported" in str(error):
             raise CheckpointError(
                 f"{path}: refused, it holds pickled objects other than tensors and plain values"
             ) from None
@@ -83,7 +110,7 @@ def model_state(contents: dict[str, Any]) -> dict[str, Tensor]:
     return {
         name.removeprefix("module."): value
         for name, value in contents.items()
-        if isinstance(value, Tensor) and not name.endswith("num_batches_tracked")
+        if isinstance(name, str) and isinstance(value, Tensor) and not name.endswith("num_batches_tracked")
     }
 
 
@@ -122,11 +149,13 @@ def load_weights(
 
 
 def check_room(directory: Path, checkpoint_bytes: int, count: int) -> None:
-    """Make the folder and see that it is writable and has room for the checkpoints to come.
+    """Make the folder and see that it is writable and has room for ``count`` checkpoints to come.
 
     Raises:
         CheckpointError: before hours of training are spent on something that cannot be saved.
     """
+    if count == 0:
+        return
     probe = directory / ".room.tmp"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -148,25 +177,25 @@ def check_room(directory: Path, checkpoint_bytes: int, count: int) -> None:
         )
 
 
-def random_state() -> dict[str, Any]:
-    """The states of all random generators of this process, as plain values and tensors."""
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of all random generators that this process uses, as plain values and tensors."""
     name, keys, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))  # noqa: NPY002
     return {
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what ``random_state`` returned."""
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restore what ``random_state`` returned, for a device of the same type."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def _shorten(names: list[str], shown: int = 3) -> str:

@@ -93,13 +93,13 @@ def ohem_threshold(logits: Tensor, target: Tensor, thres: float, keep: int, igno
     lower = probability(bottom, left) * (1 - across) + probability(bottom, right) * across
     true_class = (upper * (1 - down) + lower * down).masked_fill(~valid, 2.0).flatten()  # invalid ones last
 
-    one = true_class.new_tensor(1.0)
+    one = true_class.new_ones(())
     if keep_on_grid >= true_class.numel():
         return one
-    least = true_class.new_tensor(thres)
     if keep_on_grid == 0:
-        return torch.where(valid.any(), least, one)
-    hardest = torch.maximum(true_class.kthvalue(keep_on_grid).values, least)
+        hardest = true_class.new_full((), thres)
+    else:
+        hardest = true_class.kthvalue(keep_on_grid).values.clamp(min=thres)
     return torch.where(valid.sum() > keep_on_grid, hardest, one)
 
 

@@ -42,10 +42,15 @@ class Process:
         return value / self.world_size
 
 
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
 def choose_device(gpu: str) -> torch.device:
     """The device of ``--gpu``: "auto" (a GPU if there is one), "cpu", or a GPU's number.
 
-    Under torchrun "auto" is the GPU of the process's local rank.
+    A GPU becomes the current one. Under torchrun "auto" is the GPU of the process's local rank.
 
     Raises:
         DeviceError: no such GPU.
@@ -55,16 +60,19 @@ def choose_device(gpu: str) -> torch.device:
         return torch.device("cpu")
     if gpu == "auto":
         gpu = os.environ.get("LOCAL_RANK", "0")
-    if "," in gpu:
+    elif "," in gpu:
         processes = gpu.count(",") + 1
         raise DeviceError(
-            f"--gpu {gpu}: one process drives one device; for several run "
+            f"--gpu {gpu}: one process drives one device; to train on several run "
             f"CUDA_VISIBLE_DEVICES={gpu} torchrun --nproc-per-node {processes} train.py …"
         )
+    elif world_size() > 1:
+        raise DeviceError(f"--gpu {gpu}: under torchrun each process takes its own GPU; leave --gpu out")
     if not gpu.isdecimal():
         raise DeviceError(f"--gpu {gpu}: expected auto, cpu or the number of a GPU")
     if int(gpu) >= count:
         raise DeviceError(f"--gpu {gpu}: no such GPU, {count} visible; use --gpu auto or --gpu cpu")
+    torch.cuda.set_device(int(gpu))
     return torch.device("cuda", int(gpu))
 
 
@@ -76,9 +84,7 @@ def process_group(gpu: str) -> Iterator[Process]:
         DeviceError: see ``choose_device``.
     """
     device = choose_device(gpu)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         yield Process(device)
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -19,7 +19,9 @@ class Logger:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "log.jsonl"
         kept = [line for line in _lines(path) if _step_of(line) <= step] if step else []
-        path.write_text("".join(kept), encoding="utf-8")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
 

@@ -78,6 +78,20 @@ def test_second_derivatives_where_only_some_inputs_need_them():
     assert torch.autograd.gradgradcheck(lambda k: criss_cross_attention(query, k, value), [key])
 
 
+@pytest.mark.parametrize("key_of", [lambda q: q, lambda q: 2 * q, lambda q: q.flip(2)])
+def test_gradients_that_are_to_be_differentiated_equal_those_that_are_not(key_of):
+    """Where the inputs depend on each other, each path to the query counts once."""
+    query, _, value = inputs((1, 3, 2, 4, 5), requires_grad=True)
+
+    def gradient(function, create_graph):
+        out = function(query, key_of(query), value)
+        return torch.autograd.grad(out.square().sum(), query, create_graph=create_graph)[0]
+
+    expected = gradient(reference.criss_cross_attention, create_graph=False)
+    torch.testing.assert_close(gradient(criss_cross_attention, create_graph=False), expected)
+    torch.testing.assert_close(gradient(criss_cross_attention, create_graph=True), expected)
+
+
 @pytest.mark.parametrize(
     "view",
     [
@@ -110,7 +124,9 @@ def test_the_reference_codes_own_check():
     torch.testing.assert_close(query.grad, torch.zeros_like(query))
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 3, 4, 5), (2, 2, 3, 0, 5), (2, 2, 3, 4, 0), (1, 2, 0, 4, 5)])
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 3, 4, 5), (2, 2, 3, 0, 5), (2, 2, 3, 4, 0), (1, 2, 0, 4, 5), (1, 0, 2, 4, 5)]
+)
 def test_empty_maps(shape):
     tensors = inputs(shape, requires_grad=True)
     out = criss_cross_attention(*tensors)
@@ -187,6 +203,12 @@ def test_compile_and_export():
     layer = cc_attention.CrissCrossAttention(16).eval()
     x = torch.randn(1, 16, 6, 7)
     torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+def test_autocast_leaves_double_precision_alone():
+    tensors = inputs((1, 2, 3, 4, 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert criss_cross_attention(*tensors).dtype == torch.float64
 
 
 def test_meta_device():

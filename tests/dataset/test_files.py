@@ -1,10 +1,13 @@
 """Reading data sets, and the one line that each fault of theirs is answered with."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import DataError, find_source, pairs_of
+from dataset import DataError, find_source, fingerprint, pairs_of
 from dataset.files import Pair, read_image, read_label, read_list, read_sample
 from dataset.labels import generic_table
 from tests.samples import write_pair
@@ -15,11 +18,16 @@ def test_image_is_bgr(tmp_path):
     assert read_image(tmp_path / "rgb.png")[0, 0].tolist() == [30, 20, 10]
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA"])
 def test_image_modes(tmp_path, mode):
-    image = Image.fromarray(np.full((2, 3), 7, np.uint16)) if mode == "I;16" else Image.new(mode, (3, 2))
-    image.save(tmp_path / "x.png")
-    assert read_image(tmp_path / "x.png").shape == (2, 3, 3)
+    Image.new("L", (3, 2), 255).convert(mode).save(tmp_path / "x.png")
+    assert (read_image(tmp_path / "x.png") == np.full((2, 3, 3), 255)).all()
+
+
+def test_images_of_16_bits_are_refused_not_clipped(tmp_path):
+    Image.fromarray(np.full((2, 3), 999, np.uint16)).save(tmp_path / "x.png")
+    with pytest.raises(DataError, match=r"x\.png: an image has 8 bits a channel, this one is of mode I;16"):
+        read_image(tmp_path / "x.png")
 
 
 def test_palette_labels_give_their_indices(tmp_path):
@@ -32,8 +40,29 @@ def test_palette_labels_give_their_indices(tmp_path):
 
 def test_colour_labels_are_refused(tmp_path):
     Image.new("RGB", (3, 2)).save(tmp_path / "x.png")
-    with pytest.raises(DataError, match=r"x.png: a label has one 8-bit value a pixel, this image is RGB"):
+    with pytest.raises(DataError, match=r"x\.png: a label is an 8-bit grey or palette image, not RGB"):
         read_label(tmp_path / "x.png")
+
+
+def grey_png(values, bits):
+    """A one-row grey PNG of fewer than 8 bits a pixel, chunk by chunk; Pillow does not write them."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packed = int("".join(f"{value:0{bits}b}" for value in values), 2).to_bytes(len(values) * bits // 8, "big")
+    header = struct.pack(">IIBBBBB", len(values), 1, bits, 0, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return start + chunk(b"IDAT", zlib.compress(b"\0" + packed)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_packed_grey_labels_are_refused_for_their_values_come_back_multiplied(tmp_path, bits):
+    (tmp_path / "x.png").write_bytes(grey_png([0, 1, 2, 3], bits))
+    with pytest.raises(DataError, match=r"x\.png: a label is an 8-bit grey or palette image"):
+        read_label(tmp_path / "x.png")
+    (tmp_path / "x.png").write_bytes(grey_png([0, 1, 2, 3], 8))
+    assert read_label(tmp_path / "x.png").tolist() == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg"])
@@ -78,7 +107,7 @@ def test_list_files(list_data):
     (list_data / "blanks.lst").write_text("\n  images/b.png   labels/b.png \n\n")
     write_pair(list_data, "b")
     assert read_list(list_data / "blanks.lst", list_data)[0].label == list_data / "labels/b.png"
-    (list_data / "images.lst").write_text("images/b.png\n")
+    (list_data / "images.lst").write_text("\ufeffimages/b.png\n", encoding="utf-8")  # as Windows writes it
     assert read_list(list_data / "images.lst", list_data)[0].label is None
 
 
@@ -91,6 +120,7 @@ def test_list_files(list_data):
         ("images/a.png labels/x.png\n", r"line 1: no file .*labels/x\.png"),
         ("\n\n", "the list is empty"),
         (b"\xff\xfe", "cannot read this list file"),
+        (f"images/{'x' * 300}.png labels/a.png\n", "line 1: no file"),
     ],
 )
 def test_malformed_lists_name_the_line(tmp_path, text, message):
@@ -111,6 +141,31 @@ def test_cityscapes_by_folder_and_by_list(demo_data, tmp_path):
     image, label = (path.relative_to(demo_data) for path in train[1])
     (tmp_path / "train.lst").write_text(f"{image}\t{label}\n")
     assert pairs_of(source, demo_data, "train", tmp_path / "train.lst") == train[1:2]
+
+
+def test_lists_that_name_labels_of_other_values(demo_data, tmp_path):
+    image, label = pairs_of(find_source(demo_data), demo_data, "val")[0]
+    other = demo_data / label.name.replace("labelIds", "labelTrainIds")
+    other.write_bytes(label.read_bytes())
+    (tmp_path / "val.lst").write_text(f"{image}\t{other}\n")
+    with pytest.raises(DataError, match=r"labelTrainIds\.png does not hold the label ids of cityscapes"):
+        pairs_of(find_source(demo_data), demo_data, "val", tmp_path / "val.lst")
+
+
+def test_ignoring_a_class_is_refused(demo_data):
+    with pytest.raises(DataError, match="--ignore-label 18 is one of the 19 classes of cityscapes"):
+        find_source(demo_data, ignore_label=18)
+    assert find_source(demo_data, ignore_label=19).name == "cityscapes"
+
+
+def test_fingerprint_knows_the_data_wherever_it_lies(demo_data, tmp_path):
+    source = find_source(demo_data)
+    moved = tmp_path / "moved"
+    moved.symlink_to(demo_data)
+    val = fingerprint(pairs_of(source, demo_data, "val"), demo_data)
+    assert val == fingerprint(pairs_of(source, moved, "val"), moved)
+    assert val.startswith("3 images, ")
+    assert val != fingerprint(pairs_of(source, demo_data, "train")[:3], demo_data)
 
 
 def test_camvid(camvid):

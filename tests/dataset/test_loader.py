@@ -1,6 +1,5 @@
 """The order and the augmentation depend on the seed and the step, and on nothing else."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -112,9 +111,3 @@ def test_equal_names_are_kept_apart(demo_data):
     pair = pairs_of(find_source(demo_data), demo_data, "val")[0]
     names = EvaluationDataset([pair, pair], find_source(demo_data).table).names
     assert names == [f"00000_{pair.image.stem}", f"00001_{pair.image.stem}"]
-
-
-def test_seeds_and_positions_do_not_repeat_each_other():
-    """Order and crops are drawn from streams of their own, whatever epoch and position are."""
-    order, crops = (np.random.default_rng([7, 3, stream]).random() for stream in (0, 1))
-    assert order != crops

@@ -1,7 +1,5 @@
 """ABN against its formula in float64."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -79,9 +77,8 @@ def test_unknown_activation():
 PARTS = ((0, 2), (2, 3))  # unequal parts of a batch of 3
 
 
-def run_rank(rank, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def run_rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     whole = torch.load(folder / "batch.pt")
     layer = make(InPlaceABNSync)
     x = whole["x"][slice(*PARTS[rank])].clone().requires_grad_()
@@ -98,8 +95,7 @@ def run_rank(rank, port, folder):
 def test_two_processes_equal_one_with_the_joined_batch(tmp_path):
     x, grad = torch.randn(2, 3, 5, 4, 6, dtype=torch.float64)
     torch.save({"x": x, "grad": grad}, tmp_path / "batch.pt")
-    port = 29000 + os.getpid() % 1000
-    torch.multiprocessing.spawn(run_rank, (port, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(run_rank, (tmp_path,), nprocs=2)
 
     layer, joined = make(ABN), x.clone().requires_grad_()
     out = layer(joined)

@@ -37,6 +37,7 @@ def one_line(result, script, status):
         (("--num-workers", "-1"), "--num-workers: expected a whole number at least 0"),
         (("--recurrence", "-2"), "--recurrence: expected a whole number at least 0"),
         (("--ignore-label", "300"), "--ignore-label: expected a whole number at least 0 and at most 255"),
+        (("--num-classes", "300"), "--num-classes: expected a whole number at least 1 and at most 255"),
         (("--dataset", "pascal"), "--dataset: invalid choice: 'pascal'"),
         (("--dataset", "list"), "--dataset list needs --data-list and --num-classes"),
         (("--gpu", "7"), "--gpu 7: no such GPU, 0 visible"),
@@ -59,6 +60,8 @@ def test_usage(call, script, arguments, message, demo_data, monkeypatch):
         (("--learning-rate", "-1"), "--learning-rate: expected a number above 0"),
         (("--weight-decay", "-1"), "--weight-decay: expected a number at least 0"),
         (("--momentum", "1.5"), "--momentum: expected a number at least 0 and at most 1"),
+        (("--random-seed", "9" * 20), "--random-seed: expected a whole number at least 0"),
+        (("--input-size", "5,5", "--batch-size", "1"), "one feature a batch has no variance"),
         (("--ohem-thres", "2"), "--ohem-thres: expected a number at least 0 and at most 1"),
         (("--ohem", "perhaps"), "--ohem: expected true or false, got 'perhaps'"),
         (("--save-pred-every", "0"), "--save-pred-every: expected a whole number at least 1"),
@@ -179,4 +182,4 @@ def test_a_loss_that_is_not_finite_ends_the_run(call, demo_data, tmp_path):
     )  # fmt: skip
     line = one_line(result, "train.py", 1)
     assert "the loss is " in line
-    assert "the last checkpoint is intact" in line
+    assert "earlier checkpoints are kept" in line

@@ -10,6 +10,7 @@ from PIL import Image
 from dataset import find_source, pairs_of
 from networks import build_model
 from tests.scripts.conftest import SMALL
+from utils.checkpoint import load_checkpoint
 
 QUIET = ("--gpu", "cpu", "--num-workers", "0")
 
@@ -112,6 +113,55 @@ def test_images_without_labels_are_predicted_not_scored(call, demo_data, trained
     assert "no scores" in result.out
     assert len(list((tmp_path / "out" / "ids").iterdir())) == 3
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_metrics_of_an_earlier_evaluation_do_not_outlive_it(call, demo_data, trained, tmp_path):
+    (tmp_path / "metrics.json").write_text("{}")
+    image, label = pairs_of(find_source(demo_data), demo_data, "val")[0]
+    (tmp_path / "x.lst").write_text(f"{image}\n")
+    arguments = (
+        "--data-dir",
+        demo_data,
+        "--restore-from",
+        trained,
+        "--output-dir",
+        tmp_path,
+        "--save",
+        *QUIET,
+    )
+    assert call("evaluate.py", *arguments, "--data-list", tmp_path / "x.lst").status == 0
+    assert not (tmp_path / "metrics.json").exists()
+    (tmp_path / "x.lst").write_text(f"{image}\n{image}\t{label}\n")
+    result = call("evaluate.py", *arguments, "--data-list", tmp_path / "x.lst")
+    assert "over 1 images" in result.out
+    assert metrics_of(tmp_path)["settings"]["images"] == 1
+
+
+@pytest.mark.parametrize(
+    "settings", [None, [], {"backbone": "resnet34"}, {"recurrence": "2"}, {"input_size": (0, 0)}]
+)
+def test_settings_that_make_no_network(call, demo_data, trained, tmp_path, settings):
+    torch.save(load_checkpoint(trained) | {"settings": settings}, tmp_path / "x.pth")
+    result = call("evaluate.py", "--data-dir", demo_data, "--restore-from", tmp_path / "x.pth", *QUIET)
+    assert result.status == 1
+    assert "x.pth: its settings make no network (" in result.error
+    assert result.error.count("\n") == 1
+
+
+def test_an_output_folder_that_cannot_be_made(call, demo_data, trained, tmp_path):
+    (tmp_path / "file").touch()
+    arguments = (
+        "--data-dir",
+        demo_data,
+        "--restore-from",
+        trained,
+        "--output-dir",
+        tmp_path / "file",
+        *QUIET,
+    )
+    result = call("evaluate.py", *arguments)
+    assert result.status == 1
+    assert result.error == f"evaluate.py: error: {tmp_path}/file: cannot write results there (File exists)\n"
 
 
 def test_a_perfect_network_scores_one(call, list_data, tmp_path):

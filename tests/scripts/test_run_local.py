@@ -55,7 +55,30 @@ def test_published_recipe_on_tiny_data(project, demo_data):
 def test_published_recipe_needs_its_backbone(project, demo_data):
     result = project("project/run_local.sh", demo_data)
     assert result.returncode == 1
-    assert "resnet101-imagenet.pth: the recipe starts from ImageNet weights" in result.stderr
+    assert "no resnet101-imagenet.pth here: the recipe starts from ImageNet weights" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("--batch-size", "4"), 2, "expected the path of a Cityscapes folder, got --batch-size"),
+        (("nowhere",), 1, "nowhere: no such data folder"),
+        ((".", "--snapshot-dir", "x"), 2, "--snapshot-dir is set here"),
+    ],
+)
+def test_mistakes_are_met_before_anything_is_installed(project, arguments, status, message):
+    result = project("project/run_local.sh", *arguments)
+    assert result.returncode == status
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_help(project):
+    result = project("project/run_local.sh", "--help")
+    assert result.returncode == 0
+    assert "BACKBONE=resnet101-imagenet.pth" in result.stdout
 
 
 def test_an_environment_that_lacks_something_is_not_taken():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,56 @@ def test_resuming_a_finished_run_and_changed_settings(call, demo_data, trained):
     assert "these settings changed: batch_size 2 → 4" in result.out
 
 
+def resumed(call, demo_data, trained, folder, *more, **change):
+    """Resume a copy of the trained checkpoint, with some of its contents changed, for one more step."""
+    folder.mkdir()
+    torch.save(load_checkpoint(trained) | change, folder / "CS_scenes_2.pth")
+    options = ("--data-dir", demo_data, "--snapshot-dir", folder, *SMALL, "--batch-size", 2)
+    return call("train.py", *options, "--resume", "--num-steps", 3, *more)
+
+
+def test_changed_settings_of_the_optimiser_hold(call, demo_data, trained, tmp_path):
+    result = resumed(call, demo_data, trained, tmp_path / "a", "--weight-decay", 0.5, "--momentum", 0.1)
+    assert result.status == 0, result.error
+    assert "momentum 0.9 → 0.1, weight_decay 0.0001 → 0.5" in result.out
+    (group,) = load_checkpoint(tmp_path / "a" / "CS_scenes_3.pth")["optimizer"]["param_groups"]
+    assert (group["momentum"], group["weight_decay"]) == (0.1, 0.5)
+    assert resumed(call, demo_data, trained, tmp_path / "b").status == 0
+    left, right = (load_checkpoint(tmp_path / x / "CS_scenes_3.pth")["model"] for x in "ab")
+    assert not same_tensors(left, right)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "two"},
+        {"settings": None},
+        {"optimizer": {}},
+        {"random_states": [{}]},
+        {"random_states": None},
+    ],
+)
+def test_a_damaged_checkpoint_is_not_resumed(call, demo_data, trained, tmp_path, change):
+    result = resumed(call, demo_data, trained, tmp_path / "run", **change)
+    assert result.status == 1
+    assert "CS_scenes_2.pth: cannot be resumed, its contents are damaged" in result.error
+    assert result.error.count("\n") == 1
+
+
+def test_other_data_is_another_run(call, demo_data, trained, tmp_path):
+    result = resumed(call, demo_data, trained, tmp_path / "run", "--split", "val")
+    assert result.status == 1
+    assert "CS_scenes_2.pth: was trained on other data (4 images, " in result.error
+
+
+def test_a_branch_does_not_mix_with_later_checkpoints(call, demo_data, trained, tmp_path):
+    (tmp_path / "CS_scenes_9.pth").touch()
+    options = ("--data-dir", demo_data, "--snapshot-dir", tmp_path, *SMALL, "--resume", trained)
+    result = call("train.py", *options, "--batch-size", 2, "--num-steps", 3)
+    assert result.status == 1
+    assert "holds CS_scenes_9.pth, which is later than step 2" in result.error
+
+
 def test_an_earlier_run_is_not_overwritten(call, demo_data, trained):
     result = call("train.py", "--data-dir", demo_data, "--snapshot-dir", trained.parent, *SMALL)
     assert result.status == 1
@@ -181,15 +232,23 @@ def test_camvid(call, camvid, tmp_path):
 
 
 def test_two_processes(demo_data, tmp_path):
+    """They train, and a resumed run is the same to the bit: each process has its own random state."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for steps in (1, 2):  # the second time it resumes, each process with its own random state
-        options = ("--num-steps", steps, "--norm", "sync", "--resume")
-        run = command(demo_data, tmp_path, *options, launcher=launcher)
-        done = subprocess.run(run, capture_output=True, text=True, env=environment)
+
+    def run(folder, *more):
+        options = ("--num-steps", 2, "--save-pred-every", 1, "--norm", "sync", *more)
+        words = command(demo_data, folder, *options, launcher=launcher)
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
-    checkpoint = load_checkpoint(tmp_path / "CS_scenes_2.pth")
-    assert len(checkpoint["random_states"]) == 2
-    assert not any(name.startswith("module.") for name in checkpoint["model"])
-    assert "resuming" in done.stdout
+        return done, load_checkpoint(folder / "CS_scenes_2.pth")
+
+    done, whole = run(tmp_path / "whole")
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(tmp_path / "whole" / "CS_scenes_1.pth", tmp_path / "resumed")
+    _, again = run(tmp_path / "resumed", "--resume")
+    assert same_tensors(again["model"], whole["model"])
+    assert len(whole["random_states"]) == 2
+    assert not torch.equal(*(state["torch"] for state in whole["random_states"]))
+    assert not any(name.startswith("module.") for name in whole["model"])
     assert done.stdout.count("network   ") == 1  # only the first process speaks

@@ -109,6 +109,11 @@ def test_truncated_file(tmp_path, kept):
 
 
 def test_missing_file_and_other_contents(tmp_path):
+    (tmp_path / "page.pth").write_text("<html>404</html>")
+    with pytest.raises(
+        CheckpointError, match=r"page\.pth: not a readable checkpoint, truncated or of another"
+    ):
+        load_checkpoint(tmp_path / "page.pth")
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         load_checkpoint(tmp_path / "none.pth")
     torch.save([1, 2], tmp_path / "list.pth")
@@ -164,11 +169,11 @@ def test_a_backbone_file_may_lack_the_head_and_nothing_else(tmp_path):
 
 
 def test_random_states_survive_a_checkpoint(tmp_path):
-    path = save_checkpoint({"random_states": [random_state()]}, tmp_path, "run", 1)
+    path = save_checkpoint({"random_states": [random_state(torch.device("cpu"))]}, tmp_path, "run", 1)
 
     def draw():
         return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
 
     expected = draw()
-    set_random_state(load_checkpoint(path)["random_states"][0])
+    set_random_state(load_checkpoint(path)["random_states"][0], torch.device("cpu"))
     assert draw() == expected
