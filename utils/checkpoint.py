@@ -79,9 +79,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             unpickled, which could run any code and is never done.
     """
     try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # about pickles that are refused in the next line anyway
+        with warnings.catch_warnings(action="ignore"):  # about pickles, which are refused anyway
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
