@@ -68,10 +68,22 @@ def non_local(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def non_local_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same through PyTorch's memory-efficient attention, unscaled as ours."""
-    q, k, v = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in (query, key, value))
+    """The same through PyTorch's memory-efficient attention, unscaled as ours.
+
+    Its kernels want keys and values of one size and channels that lie side by side. So the values go in as
+    C / Cr heads of Cr channels that share query and key, from channels-last tensors: no attention is stored,
+    but the energies are computed once for each head.
+    """
+    batch, channels, height, width = value.shape
+    reduced = query.shape[1]
+    heads = channels // reduced
+    q, k, v = (
+        x.permute(0, 2, 3, 1).reshape(batch, height * width, -1, reduced).transpose(1, 2)
+        for x in (query, key, value)
+    )  # (B,1,HW,Cr), (B,1,HW,Cr), (B,heads,HW,Cr)
+    q, k = q.expand(-1, heads, -1, -1), k.expand(-1, heads, -1, -1)
     out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-    return out.squeeze(1).transpose(1, 2).reshape(value.shape)
+    return out.transpose(2, 3).reshape(value.shape)
 
 
 FORMULATIONS: dict[str, tuple[Function, torch.memory_format]] = {
@@ -80,20 +92,26 @@ FORMULATIONS: dict[str, tuple[Function, torch.memory_format]] = {
     "tensor formulation": (tensor_formulation, torch.contiguous_format),
     "einsum formulation": (einsum_formulation, torch.contiguous_format),
     "non-local, explicit": (non_local, torch.contiguous_format),
-    "non-local, sdpa": (non_local_sdpa, torch.contiguous_format),
+    "non-local, sdpa": (non_local_sdpa, torch.channels_last),
 }
 BASELINE = "tensor formulation"
 
 
-def criss_cross_flops(batch: int, reduced: int, channels: int, height: int, width: int) -> tuple[int, int]:
-    """Multiplications and additions of the matrix products, forward and forward + backward.
+def opaque_flops(name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """FLOPs of the matrix products, forward and forward + backward, where PyTorch's counter sees none.
 
-    Each position meets H + W others (the own one twice, once masked): Cr for an energy, C for a value.
-    The backward pass recomputes the energies and has two products for each of the forward ones.
+    Both recompute the energies in the backward pass, which has two products for each of the forward ones.
     """
-    met = batch * height * width * (height + width)
-    forward = 2 * met * (reduced + channels)
-    return forward, forward + 2 * met * reduced + 2 * forward
+    batch, reduced, channels, height, width = shape
+    positions = batch * height * width
+    if name.startswith("ours"):  # each position meets its row and its column
+        met, energy, gather = positions * (height + width), reduced, channels
+    elif name == "non-local, sdpa":  # each position meets all, once for each of C / Cr heads
+        met, energy, gather = positions * height * width, channels, channels
+    else:
+        return None
+    forward = 2 * met * (energy + gather)
+    return forward, 3 * forward + 2 * met * energy
 
 
 def step(function: Function, inputs: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
@@ -150,16 +168,11 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         runs[name, "forward"] = lambda f=function, x=inputs: f(*x)
         runs[name, "both"] = lambda f=function, x=inputs, g=grad: step(f, x, g)
         results[name] = {f"{part} MiB": peak_mib(runs[name, part], device) for part in ("forward", "both")}
+        flops = opaque_flops(name, (options.batch, options.reduced, options.channels, *options.size))
         for index, part in enumerate(("forward", "both")):
-            if name.startswith("ours"):  # a custom operator is opaque to the counter
-                flops = criss_cross_flops(options.batch, options.reduced, options.channels, *options.size)[
-                    index
-                ]
-            else:
-                with FlopCounterMode(display=False) as counter:
-                    runs[name, part]()
-                flops = counter.get_total_flops()
-            results[name][f"{part} GFLOP"] = flops / 1e9
+            with FlopCounterMode(display=False) as counter:
+                runs[name, part]()
+            results[name][f"{part} GFLOP"] = (flops[index] if flops else counter.get_total_flops()) / 1e9
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     # Non-local last, with few rounds: it takes a hundred times as long, and the memory that it hands back to
     # the system makes whatever runs after it pay for getting some again.
