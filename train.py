@@ -155,11 +155,7 @@ def main(args: argparse.Namespace) -> None:
     with process_group(args.gpu) as process:
         run = build(args, process)
         first_step = restore(run)
-        fault = prepare_snapshots(run, first_step) if process.is_main else None
-        if process.gather(fault)[0] is not None:  # all stop, one speaks
-            if fault is None:
-                sys.exit(1)
-            raise fault
+        prepare_snapshots(run, first_step)
         if process.is_main:
             print_summary(run)
         if first_step < args.num_steps:
@@ -218,11 +214,8 @@ def resume(run: Run, path: Path) -> int:
     load_weights(run.network, model_state(checkpoint), path)
     process = run.process
     try:
-        step, states, then = (
-            int(checkpoint["step"]),
-            checkpoint["random_states"],
-            dict(checkpoint["settings"]),
-        )
+        step, then = int(checkpoint["step"]), dict(checkpoint["settings"])
+        states = checkpoint["random_states"]
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         if len(states) == process.world_size:
             set_random_state(states[process.rank], process.device)
@@ -238,9 +231,8 @@ def resume(run: Run, path: Path) -> int:
             f"{path}: was trained on other data ({then.get('images')}, not {now['images']})"
         )
     changed = [f"{name} {then.get(name)} → {now[name]}" for name in DEFINING if then.get(name) != now[name]]
-    changed += (
-        [f"processes {len(states)} → {process.world_size}"] if len(states) != process.world_size else []
-    )
+    if len(states) != process.world_size:
+        changed.append(f"processes {len(states)} → {process.world_size}")
     if process.is_main:
         print(f"resuming {path} at step {step}")
         if changed:
@@ -248,17 +240,34 @@ def resume(run: Run, path: Path) -> int:
     return step
 
 
-def prepare_snapshots(run: Run, first_step: int) -> CheckpointError | None:
-    """Find out before training whether its checkpoints will have a place; else what is wrong."""
+def prepare_snapshots(run: Run, first_step: int) -> None:
+    """Find out before training whether its checkpoints will have a place.
+
+    One process looks, all stop if it finds a fault, and only that one speaks.
+    """
+    fault = None
+    if run.process.is_main:
+        try:
+            check_snapshots(run, first_step)
+        except CheckpointError as error:
+            fault = error
+    if run.process.gather(fault)[0] is not None:
+        if fault is None:
+            sys.exit(1)
+        raise fault
+
+
+def check_snapshots(run: Run, first_step: int) -> None:
+    """No other run's checkpoints where this one writes, and room for its own."""
     args = run.args
     newest = newest_checkpoint(args.snapshot_dir)
     if newest and args.resume is None:
-        return CheckpointError(
+        raise CheckpointError(
             f"{args.snapshot_dir} holds {newest.name} of an earlier run; "
             "continue it with --resume or choose another --snapshot-dir"
         )
     if newest and step_of(newest) > first_step:
-        return CheckpointError(
+        raise CheckpointError(
             f"{args.snapshot_dir} holds {newest.name}, which is later than step {first_step}; "
             "resume that one, move it away, or choose another --snapshot-dir"
         )
@@ -266,19 +275,15 @@ def prepare_snapshots(run: Run, first_step: int) -> CheckpointError | None:
     entries = [*run.network.state_dict().values(), *run.network.parameters()]
     checkpoint_bytes = int(1.1 * sum(x.numel() * x.element_size() for x in entries)) + 2**16
     to_come = -(-(args.num_steps - first_step) // args.save_pred_every)
-    try:
-        check_room(args.snapshot_dir, checkpoint_bytes, to_come)
-    except CheckpointError as fault:
-        return fault
-    return None
+    check_room(args.snapshot_dir, checkpoint_bytes, to_come)
 
 
 def print_summary(run: Run) -> None:
     args, process = run.args, run.process
-    images = f"{len(run.dataset.pairs)} images, {args.num_classes} classes"
-    parameters = f"{sum(x.numel() for x in run.network.parameters()) / 1e6:.2f} M parameters"
-    print(f"data      {args.dataset}, {images}, crops of {args.input_size[0]}x{args.input_size[1]}")
-    print(f"network   {args.model} on {args.backbone}, R={args.recurrence}, {parameters}")
+    images, crops = len(run.dataset.pairs), "{}x{}".format(*args.input_size)
+    parameters = sum(x.numel() for x in run.network.parameters()) / 1e6
+    print(f"data      {args.dataset}, {images} images, {args.num_classes} classes, crops of {crops}")
+    print(f"network   {args.model} on {args.backbone}, R={args.recurrence}, {parameters:.2f} M parameters")
     print(f"device    {process.device}, {process.world_size} process(es)")
     print(f"attention {cc_attention.backend()}")
     print(f"writes    {args.snapshot_dir}/ (checkpoints, log.jsonl, TensorBoard events)")

@@ -2,13 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from dataset.labels import DataError, LabelTable
 
@@ -35,38 +36,38 @@ class Source:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """An image file as (H,W,3) uint8 in BGR order.
+    """An image file as (H,W,3) uint8 in BGR order."""
+    with _decoded(path, "image") as image:
+        if image.mode.startswith(("I", "F")):  # conversion would clip them to 0 … 255
+            raise DataError(f"{path}: an image has 8 bits a channel, this one is of mode {image.mode}")
+        return np.asarray(image.convert("RGB"))[:, :, ::-1]
+
+
+def read_label(path: Path) -> np.ndarray:
+    """A label file as (H,W) uint8: the stored values of a grey or palette image."""
+    with _decoded(path, "label") as image:
+        # Of a grey PNG with 2 or 4 bits, raw mode "L;2" or "L;4", Pillow multiplies the values.
+        packed = any(str(tile[3]).startswith("L;") for tile in image.tile)
+        if packed or image.mode not in ("L", "P"):
+            raise DataError(f"{path}: a label is an 8-bit grey or palette image, not {image.mode}")
+        return np.array(image)
+
+
+@contextmanager
+def _decoded(path: Path, kind: str) -> Iterator[ImageFile.ImageFile]:
+    """An open image, whose faults become a DataError.
 
     Pillow decodes, because OpenCV returns a half-grey picture for a truncated file and says nothing.
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # conversion would clip them to 0 … 255
-                raise DataError(f"{path}: an image has 8 bits a channel, this one is of mode {image.mode}")
-            return np.asarray(image.convert("RGB"))[:, :, ::-1]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such image") from None
+            yield image
     except DataError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: unreadable or truncated image ({error})") from None
-
-
-def read_label(path: Path) -> np.ndarray:
-    """A label file as (H,W) uint8: the stored values of a grey or palette image."""
-    try:
-        with Image.open(path) as image:
-            # Of a grey PNG with 2 or 4 bits, raw mode "L;2" or "L;4", Pillow multiplies the values.
-            packed = any(str(tile[3]).startswith("L;") for tile in image.tile)
-            if packed or image.mode not in ("L", "P"):
-                raise DataError(f"{path}: a label is an 8-bit grey or palette image, not {image.mode}")
-            return np.array(image)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such label") from None
-    except DataError:
-        raise
+        raise DataError(f"{path}: no such {kind}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: unreadable or truncated label ({error})") from None
+        raise DataError(f"{path}: unreadable or truncated {kind} ({error})") from None
 
 
 def read_sample(pair: Pair, table: LabelTable, ignore_label: int) -> tuple[np.ndarray, np.ndarray | None]:
