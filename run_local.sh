@@ -35,9 +35,10 @@ use_environment requirements.txt
 demo() {
     local steps=${DEMO_STEPS:-300}
     "$PYTHON" -m dataset.demo data/demo --train 64 --val 12 --size 256,512
+    # Short as it is, the run learns more from images at the size that they are evaluated at.
     "$PYTHON" train.py --data-dir data/demo --snapshot-dir snapshots/demo --resume \
-        --backbone resnet18 --input-size 193,257 --batch-size 4 --num-steps "$steps" --ohem 0 \
-        --save-pred-every 100
+        --backbone resnet18 --input-size 193,257 --batch-size 4 --num-steps "$steps" \
+        --learning-rate 0.02 --random-scale 0 --ohem 0 --save-pred-every 100
     "$PYTHON" evaluate.py --data-dir data/demo --restore-from snapshots/demo --whole --save \
         --output-dir results/demo
     echo "pictures (image, label, prediction): results/demo/panels/"
