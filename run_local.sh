@@ -31,6 +31,7 @@ to be had from http://sceneparsing.csail.mit.edu/model/pretrained_resnet/resnet1
 fi
 source ./environment.sh
 use_environment requirements.txt
+build_kernels
 
 demo() {
     local steps=${DEMO_STEPS:-300}

@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh
 use_environment requirements-test.txt test
+build_kernels
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

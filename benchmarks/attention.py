@@ -4,7 +4,9 @@
     python benchmarks/attention.py --device cuda --dtype bfloat16 --batch 8
 
 Timings are medians of rounds in which the formulations take turns, so that a disturbance hits them all.
-"Memory" is the peak above the inputs. Ratios are over the tensor formulation, the usual public one.
+"MiB" is the peak above the inputs. Ratios are over the tensor formulation, the usual public one. The floor is
+what the machine's own rates allow: the FLOPs at the speed of a large matrix product, or reading the inputs
+and writing the results once at the speed of a copy, whichever takes longer.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cc_attention import backend, criss_cross_attention
+from cc_attention import backend, criss_cross_attention, eager
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -86,9 +89,24 @@ def non_local_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out.transpose(2, 3).reshape(value.shape)
 
 
+class PyTorchPath(torch.autograd.Function):
+    """What serves where no kernels are compiled."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, lse = eager.forward(query, key, value)
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return eager.backward(grad, *ctx.saved_tensors)
+
+
 FORMULATIONS: dict[str, tuple[Function, torch.memory_format]] = {
     "ours": (criss_cross_attention, torch.channels_last),
     "ours, NCHW inputs": (criss_cross_attention, torch.contiguous_format),
+    "ours, PyTorch path": (PyTorchPath.apply, torch.channels_last),
     "tensor formulation": (tensor_formulation, torch.contiguous_format),
     "einsum formulation": (einsum_formulation, torch.contiguous_format),
     "non-local, explicit": (non_local, torch.contiguous_format),
@@ -149,6 +167,38 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def floor(options: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds that the machine needs at least, and the rates (TFLOP/s, GB/s) they come from."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    image = a.view(1, size, size, 1).contiguous(memory_format=torch.channels_last)
+    # On the CPU two libraries offer themselves, MKL and (as a convolution) oneDNN: the faster one counts.
+    products = (lambda: a @ b, lambda: F.conv2d(image, b.view(size, size, 1, 1)))
+    fastest = min(seconds(product, device) for product in products for _ in range(10))
+    source = torch.empty((1 << 32 if device.type == "cuda" else 1 << 28) // 4, device=device)
+    target = torch.empty_like(source)
+    copy = min(seconds(lambda: target.copy_(source), device) for _ in range(5))
+    rate, bandwidth = 2 * size**3 / fastest, 2 * 4 * source.numel() / copy
+
+    height, width = options.size
+    small, large = (
+        options.batch * channels * height * width * dtype.itemsize
+        for channels in (options.reduced, options.channels)
+    )
+    shape = (options.batch, options.reduced, options.channels, height, width)
+    flops = opaque_flops("ours", shape)
+    assert flops is not None
+    # Forward: query, key, value in, out out; backward: these and the gradient of out in, three gradients out.
+    sizes = (2 * small + 2 * large, (2 * small + 2 * large) + (4 * small + 4 * large))
+    result = {"TFLOP/s": rate / 1e12, "GB/s": bandwidth / 1e9}
+    for part, work, moved in zip(("forward", "both"), flops, sizes, strict=True):
+        result[f"{part} ms"] = 1000 * max(work / rate, moved / bandwidth)
+        result[f"{part} MB"] = moved / 1e6
+        result[f"{part} memory ms"] = 1000 * moved / bandwidth
+    return result
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -220,6 +270,13 @@ def main() -> None:
     print(f"{shape} {options.dtype}, {where}")
     print(f"torch {torch.__version__}; {backend()}\n")
     print(table(results))
+    least = results["floor"] = floor(options)
+    print(f"\nfloor at {least['TFLOP/s']:.2f} TFLOP/s and {least['GB/s']:.0f} GB/s, and ours over it:")
+    for part, title in (("forward", "forward"), ("both", "forward + backward")):
+        ms, memory_ms, moved = (least[f"{part} {unit}"] for unit in ("ms", "memory ms", "MB"))
+        ours = results["ours"][f"{part} ms"]
+        ratios = f"ours {ours / ms:.2f}x, {ours / memory_ms:.2f}x the memory's"
+        print(f"{title:<20} {ms:7.3f} ms ({moved:.0f} MB moved: {memory_ms:.3f} ms); {ratios}")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -1,6 +1,6 @@
 """The operator: argument checks, registration with PyTorch's dispatcher, fake kernels and gradients.
 
-Kernels register under the same two schemas for their device; where none is, ``eager`` serves.
+Compiled kernels register under the same two schemas for their device; where none is, ``eager`` serves.
 """
 
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cc_attention import eager, reference
+from cc_attention import eager, native, reference
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,6 +26,8 @@ for _name, _kernel in (
     ("criss_cross_attention_backward", eager.backward),
 ):
     torch.library.impl(f"cc_attention::{_name}", "CompositeExplicitAutograd", _kernel)
+# Compiled kernels register under the same schemas for their device and take precedence there.
+_WHY_NOT_NATIVE = native.load()
 
 
 @torch.library.register_fake("cc_attention::criss_cross_attention")
@@ -107,9 +109,17 @@ def attention_weights(query: Tensor, key: Tensor) -> Tensor:
 
 def backend() -> str:
     """Which implementation serves a call on the CPU and on CUDA, and why not a faster one."""
-    reason = "no native kernels in this version"
-    cuda = f"PyTorch path ({reason})" if torch.cuda.is_available() else "no GPU visible to PyTorch"
-    return f"CPU: PyTorch path ({reason}); CUDA: {cuda}"
+    return f"CPU: {implementation('cpu')}; CUDA: {implementation('cuda')}"
+
+
+def implementation(device_type: str) -> str:
+    """What ``backend`` says of one device, "cpu" or "cuda"."""
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "no GPU visible to PyTorch"
+    name, key = "cc_attention::criss_cross_attention", device_type.upper()
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
+        return f"PyTorch path ({_WHY_NOT_NATIVE or 'the compiled kernels were built without CUDA'})"
+    return f"C++, {native.instruction_set()}" if device_type == "cpu" else "CUDA kernels"
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,5 +1,8 @@
 """The operator against a definition written with loops, and PyTorch's own checks of custom operators."""
 
+import random
+import time
+
 import pytest
 import torch
 from torch import Tensor
@@ -256,3 +259,42 @@ def test_bad_input_is_named(change, error, message):
 
 def test_backend_names_both_devices():
     assert "CPU: " in backend() and "CUDA: " in backend() and "\n" not in backend()
+
+
+def test_random_shapes_and_layouts_for_a_few_seconds():
+    """Draws until the time is over; what fails names its seed, so that it can be repeated."""
+    end, seed = time.monotonic() + 3, 0
+    while seed < 10 or time.monotonic() < end:
+        rng = random.Random(seed)
+        batch, reduced, channels = rng.choice((1, 2, 3)), rng.randint(0, 40), rng.randint(1, 150)
+        height, width = rng.randint(1, 40), rng.randint(1, 40)
+        layouts = [rng.choice(LAYOUTS) for _ in range(4)]
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(c, layout, batch=batch, height=height, width=width, generator=generator):
+            return layout(torch.randn(batch, c, height, width, generator=generator, dtype=torch.float64))
+
+        ours = [draw(c, layouts[i]).requires_grad_() for i, c in enumerate((reduced, reduced, channels))]
+        grad = draw(channels, layouts[3])
+        theirs = [x.detach().clone().requires_grad_() for x in ours]
+        out, want = criss_cross_attention(*ours), reference.criss_cross_attention(*theirs)
+        pairs = zip(
+            (out, *torch.autograd.grad(out, ours, grad)),
+            (want, *torch.autograd.grad(want, theirs, grad)),
+            strict=True,
+        )
+        for got, expected in pairs:
+            assert torch.allclose(got, expected, rtol=1e-9, atol=1e-9), f"{seed=}"
+        seed += 1
+
+
+LAYOUTS = (
+    lambda x: x,
+    lambda x: x.contiguous(memory_format=torch.channels_last),
+    lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+    lambda x: torch.cat([x, x], dim=3).contiguous(memory_format=torch.channels_last)[..., ::2][
+        ..., : x.shape[3]
+    ],
+    lambda x: x[:1].expand_as(x),
+)

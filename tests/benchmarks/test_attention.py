@@ -1,0 +1,57 @@
+"""The benchmark runs as its help says; what it times is not tested, what it computes is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import attention
+
+    return attention
+
+
+def test_all_formulations_of_one_operator_agree(benchmark):
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, c, 5, 7) for c in (4, 4, 8)]
+    want = benchmark.FORMULATIONS["ours"][0](*tensors)
+    for name in ("ours, PyTorch path", "tensor formulation", "einsum formulation"):
+        torch.testing.assert_close(benchmark.FORMULATIONS[name][0](*tensors), want)
+    explicit, sdpa = (benchmark.FORMULATIONS[f"non-local, {kind}"][0] for kind in ("explicit", "sdpa"))
+    torch.testing.assert_close(explicit(*tensors), sdpa(*tensors))
+
+
+def test_the_pytorch_path_of_the_benchmark_has_the_operators_gradients(benchmark):
+    torch.manual_seed(0)
+    tensors, grad = [torch.randn(1, c, 5, 7) for c in (4, 4, 8)], torch.randn(1, 8, 5, 7)
+    results = [
+        benchmark.step(benchmark.FORMULATIONS[name][0], tensors, grad)
+        for name in ("ours", "ours, PyTorch path")
+    ]
+    for ours, other in zip(*results, strict=True):
+        torch.testing.assert_close(ours, other)
+
+
+def test_runs_and_writes_its_numbers(tmp_path):
+    options = ["--size", "9,11", "--channels", "16", "--reduced", "8", "--rounds", "1"]
+    result = subprocess.run(
+        [sys.executable, "benchmarks/attention.py", *options, "--json", str(tmp_path / "numbers.json")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "tensor formulation" in result.stdout
+    assert "floor at" in result.stdout
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    met = 9 * 11 * (9 + 11)
+    assert numbers["ours"]["forward GFLOP"] == pytest.approx(2 * met * (8 + 16) / 1e9)
+    assert numbers["floor"]["forward MB"] == pytest.approx(4 * 9 * 11 * 2 * (8 + 16) / 1e6)
