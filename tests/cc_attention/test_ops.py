@@ -2,9 +2,11 @@
 
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 import cc_attention
@@ -193,19 +195,43 @@ def test_opcheck(shape, memory_format):
     )
 
 
-def test_compile_and_export():
-    tensors = inputs((1, 3, 5, 6, 7), torch.float32, requires_grad=True)
-    compiled = torch.compile(criss_cross_attention, fullgraph=True, backend="aot_eager")
-    out, expected = compiled(*tensors), criss_cross_attention(*tensors)
-    torch.testing.assert_close(out, expected)
-    for got, want in zip(
-        torch.autograd.grad(out.sum(), tensors), torch.autograd.grad(expected.sum(), tensors), strict=True
-    ):
-        torch.testing.assert_close(got, want)
+def test_compile_in_one_graph_for_any_shape():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(criss_cross_attention, fullgraph=True, dynamic=True, backend=counter)
+    for shape in ((2, 3, 5, 6, 7), (3, 3, 5, 9, 4), (2, 4, 6, 5, 8)):
+        tensors = inputs(shape, torch.float32, requires_grad=True)
+        out, expected = compiled(*tensors), criss_cross_attention(*tensors)
+        torch.testing.assert_close(out, expected)
+        for got, want in zip(
+            torch.autograd.grad(out.square().sum(), tensors),
+            torch.autograd.grad(expected.square().sum(), tensors),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, want)
+    assert counter.frame_count == 1
 
+
+def test_export_with_a_size_that_is_left_open():
     layer = cc_attention.CrissCrossAttention(16).eval()
-    x = torch.randn(1, 16, 6, 7)
-    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+    height, width = torch.export.Dim("height", min=2), torch.export.Dim("width", min=2)
+    program = torch.export.export(layer, (torch.randn(1, 16, 6, 7),), dynamic_shapes=({2: height, 3: width},))
+    x = torch.randn(1, 16, 9, 4)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_threads_that_call_at_once_as_those_of_data_parallel():
+    shapes = [(2, 3, 5, 17, 9), (1, 8, 16, 13, 26), (1, 2, 3, 1, 6), (2, 4, 33, 20, 20)]
+
+    def gradients(shape):
+        tensors = inputs(shape, torch.float32, requires_grad=True)
+        return torch.autograd.grad(criss_cross_attention(*tensors).square().sum(), tensors)
+
+    expected = [gradients(shape) for shape in shapes]
+    with ThreadPoolExecutor(len(shapes)) as pool:
+        for results in (list(pool.map(gradients, shapes)) for _ in range(5)):
+            for got, want in zip(results, expected, strict=True):
+                assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
 def test_autocast_leaves_double_precision_alone():
