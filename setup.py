@@ -25,6 +25,8 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ["cc_attention"]
 DEFAULT_ARCHITECTURES = ["50", "52", "61"]
+# For toolkits that no longer know the defaults, where no GPU is visible: two of them have tensor cores.
+LATER_ARCHITECTURES = ["75", "80", "90"]
 
 
 def say(message: str) -> None:
@@ -79,7 +81,8 @@ def gencode_flags(supported: list[str], visible: list[str]) -> tuple[list[str], 
         return [], f"TORCH_CUDA_ARCH_LIST={wish}"  # PyTorch's build tools read it themselves
     dropped = [arch for arch in DEFAULT_ARCHITECTURES if arch not in supported]
     kept = {arch for arch in [*DEFAULT_ARCHITECTURES, *visible] if arch in supported}
-    chosen = sorted(kept or supported[:1], key=int)
+    later = [arch for arch in LATER_ARCHITECTURES if arch in supported]
+    chosen = sorted(kept or later or supported[:1], key=int)
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
     last = chosen[-1]
     flags.append(f"-gencode=arch=compute_{last},code=compute_{last}")  # PTX: later GPUs compile it themselves

@@ -208,31 +208,33 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     shapes = [(options.batch, c, *options.size) for c in (options.reduced, options.reduced, options.channels)]
     base = [0.3 * torch.randn(shape, device=device).to(dtype) for shape in shapes]
     base_grad = torch.randn(shapes[2], device=device).to(dtype)
-    runs: dict[tuple[str, str], Callable[[], object]] = {}
-    results: dict[str, dict[str, float]] = {}
-    for name, (function, memory_format) in FORMULATIONS.items():
-        if name.startswith("non-local") and options.criss_cross_only:
-            continue
-        inputs = [x.contiguous(memory_format=memory_format) for x in base]
-        grad = base_grad.contiguous(memory_format=memory_format)
-        runs[name, "forward"] = lambda f=function, x=inputs: f(*x)
-        runs[name, "both"] = lambda f=function, x=inputs, g=grad: step(f, x, g)
-        results[name] = {f"{part} MiB": peak_mib(runs[name, part], device) for part in ("forward", "both")}
-        flops = opaque_flops(name, (options.batch, options.reduced, options.channels, *options.size))
-        for index, part in enumerate(("forward", "both")):
-            with FlopCounterMode(display=False) as counter:
-                runs[name, part]()
-            results[name][f"{part} GFLOP"] = (flops[index] if flops else counter.get_total_flops()) / 1e9
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-    # Non-local last, with few rounds: it takes a hundred times as long, and the memory that it hands back to
-    # the system makes whatever runs after it pay for getting some again.
-    slow = {key for key in runs if key[0].startswith("non-local")}
-    for group, rounds in ((runs.keys() - slow, options.rounds), (slow, min(options.rounds, 3))):
+    parts, results = ("forward", "both"), dict[str, dict[str, float]]()
+    # Non-local after all others have been measured, with few rounds: it takes a hundred times as long, and
+    # the memory that it hands back to the system makes whatever runs after it pay for getting some again.
+    slow = [] if options.criss_cross_only else [name for name in FORMULATIONS if name.startswith("non-local")]
+    fast = [name for name in FORMULATIONS if not name.startswith("non-local")]
+    for group, rounds in ((fast, options.rounds), (slow, min(options.rounds, 3))):
+        runs: dict[tuple[str, str], Callable[[], object]] = {}
+        for name in group:
+            function, memory_format = FORMULATIONS[name]
+            inputs = [x.contiguous(memory_format=memory_format) for x in base]
+            grad = base_grad.contiguous(memory_format=memory_format)
+            runs[name, "forward"] = lambda f=function, x=inputs: f(*x)
+            runs[name, "both"] = lambda f=function, x=inputs, g=grad: step(f, x, g)
+            results[name] = {
+                f"{part} MiB": peak_mib(runs[name, part], device) for part in ("forward", "both")
+            }
+            flops = opaque_flops(name, (options.batch, options.reduced, options.channels, *options.size))
+            for index, part in enumerate(parts):
+                with FlopCounterMode(display=False) as counter:
+                    runs[name, part]()
+                results[name][f"{part} GFLOP"] = (flops[index] if flops else counter.get_total_flops()) / 1e9
+        times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
         for _ in range(rounds + 1):
-            for key in sorted(group):
-                times[key].append(seconds(runs[key], device))
-    for (name, part), values in times.items():
-        results[name][f"{part} ms"] = 1000 * statistics.median(values[1:])  # the first one warms up
+            for key, run in runs.items():
+                times[key].append(seconds(run, device))
+        for (name, part), values in times.items():
+            results[name][f"{part} ms"] = 1000 * statistics.median(values[1:])  # the first one warms up
     return results
 
 

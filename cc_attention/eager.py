@@ -19,12 +19,13 @@ LINES = 12
 
 
 @without_autocast
-def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
     """Criss-cross attention and its log-sum-exp.
 
     Args:
         query, key: (B,Cr,H,W).
         value: (B,C,H,W).
+        tf32: for kernels of our own; PyTorch's products know its settings themselves.
 
     Returns:
         out (B,C,H,W), channels-last, of the value's dtype; lse (B,H,W) in fp32 (fp64 for fp64).
@@ -61,7 +62,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 @without_autocast
 def backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, tf32: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, channels-last, from the gradient of ``out``.
 

@@ -25,4 +25,6 @@ class CrissCrossAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B,C,H,W) → (B,C,H,W)."""
         out = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
-        return self.gamma * out + x
+        return torch.addcmul(
+            x, self.gamma.to(x.dtype), out
+        )  # no map for the product, none in fp32 under autocast

@@ -14,11 +14,11 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 torch.library.define(
     "cc_attention::criss_cross_attention",
-    "(Tensor query, Tensor key, Tensor value) -> (Tensor out, Tensor lse)",
+    "(Tensor query, Tensor key, Tensor value, bool tf32=False) -> (Tensor out, Tensor lse)",
 )
 torch.library.define(
     "cc_attention::criss_cross_attention_backward",
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse) "
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, bool tf32=False) "
     "-> (Tensor dquery, Tensor dkey, Tensor dvalue)",
 )
 for _name, _kernel in (
@@ -31,7 +31,7 @@ _WHY_NOT_NATIVE = native.load()
 
 
 @torch.library.register_fake("cc_attention::criss_cross_attention")
-def _fake_forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
     batch, _, height, width = value.shape
     out = torch.empty_like(value, memory_format=torch.channels_last)
     return out, value.new_empty((batch, height, width), dtype=eager.wide_dtype(value))
@@ -39,20 +39,22 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
 
 @torch.library.register_fake("cc_attention::criss_cross_attention_backward")
 def _fake_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, tf32: bool = False
 ) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.channels_last) for x in (query, key, value))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.tf32 = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     query, key, value, out, lse = ctx.saved_tensors
     if not torch.is_grad_enabled():
-        return torch.ops.cc_attention.criss_cross_attention_backward(grad, query, key, value, out, lse)
+        backward = torch.ops.cc_attention.criss_cross_attention_backward
+        return *backward(grad, query, key, value, out, lse, ctx.tf32), None
     # A graph of this gradient is wanted (create_graph=True): take it from the formula, which autograd can
     # differentiate as often as anyone asks.
     # Aliases cut the inputs off from each other: where key is computed from query, the gradient of query must
@@ -61,7 +63,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     needed = [x for x, need in zip((query, key, value), ctx.needs_input_grad, strict=True) if need]
     again = reference.criss_cross_attention(query, key, value)
     grads = iter(torch.autograd.grad(again, needed, grad, create_graph=True))
-    return tuple(next(grads) if need else None for need in ctx.needs_input_grad)
+    return tuple(next(grads) if need else None for need in ctx.needs_input_grad)  # none of tf32
 
 
 torch.library.register_autograd(
@@ -81,7 +83,8 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             format; channels-last needs no copy. Under autocast they are cast to its dtype.
 
     Returns:
-        (B,C,H,W), channels-last, differentiable any number of times.
+        (B,C,H,W), channels-last, differentiable any number of times. On CUDA, fp32 is computed in TF32 where
+        PyTorch's matrix products are (``torch.set_float32_matmul_precision("high")``).
 
     Raises:
         TypeError: a dtype that is not one of the four, or several dtypes.
@@ -89,7 +92,13 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     query, key, value = _autocast(query, key, value)
     _check(query, key, value)
-    return torch.ops.cc_attention.criss_cross_attention(query, key, value)[0]
+    return torch.ops.cc_attention.criss_cross_attention(query, key, value, _tf32())[0]
+
+
+@torch.compiler.assume_constant_result
+def _tf32() -> bool:
+    """Whether PyTorch may multiply fp32 matrices in TF32 on CUDA (torch.set_float32_matmul_precision)."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def attention_weights(query: Tensor, key: Tensor) -> Tensor:

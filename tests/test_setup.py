@@ -62,9 +62,11 @@ def test_visible_gpus_are_added_and_dropped_defaults_named(build):
     assert "no longer knows the defaults sm_50, sm_52, sm_61" in reason
 
 
-def test_a_toolkit_without_any_of_them_builds_for_its_oldest(build):
+def test_a_toolkit_without_any_of_them_builds_for_later_ones(build):
     flags, _ = build.gencode_flags(["75", "80", "90", "100"], [])
-    assert gencodes(flags) == ["75,code=sm_75", "75,code=compute_75"]
+    assert gencodes(flags) == ["75,code=sm_75", "80,code=sm_80", "90,code=sm_90", "90,code=compute_90"]
+    flags, _ = build.gencode_flags(["100", "120"], [])
+    assert gencodes(flags) == ["100,code=sm_100", "100,code=compute_100"]
 
 
 def test_wishes_come_first(build, monkeypatch):

@@ -174,13 +174,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& qu
   return {dquery, dkey, dvalue};
 }
 
-std::tuple<Tensor, Tensor> forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value) {
+// TF32 is a matter of GPUs.
+std::tuple<Tensor, Tensor> forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value, bool /*tf32*/) {
   return query.scalar_type() == ScalarType::Double ? forward<double>(query, key, value)
                                                    : forward<float>(query, key, value);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad, const Tensor& query, const Tensor& key,
-                                                const Tensor& value, const Tensor& out, const Tensor& lse) {
+                                                const Tensor& value, const Tensor& out, const Tensor& lse,
+                                                bool /*tf32*/) {
   return query.scalar_type() == ScalarType::Double ? backward<double>(grad, query, key, value, out, lse)
                                                    : backward<float>(grad, query, key, value, out, lse);
 }
