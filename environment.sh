@@ -30,18 +30,25 @@ use_environment() {
     PYTHON=.venv/bin/python
 }
 
-# build_kernels: compile the operator, unless the binary there is of these sources. Where that fails all goes
-# on with the PyTorch path.
+# build_kernels: compile the operator and the ABN, unless their binaries are of these sources. Where that fails
+# all goes on with the PyTorch path.
 build_kernels() {
     local log=build/kernels.log
-    if "$PYTHON" -c 'import sys; sys.path.insert(0, "cc_attention"); import native; sys.exit(bool(native.problem()))'
-    then
+    if is_built cc_attention && is_built libs; then
         return
     fi
     mkdir -p build
     echo "kernels: compiling (half a minute, once; all output is in $log)"
     "$PYTHON" setup.py build_ext --inplace >"$log" 2>&1 || echo "kernels: not built, see $log" >&2
     sed -n 's/^ccnet: /kernels: /p' "$log"
+}
+
+is_built() {
+    "$PYTHON" -c '
+import sys
+sys.path.insert(0, sys.argv[1])
+import native
+sys.exit(native.problem() is not None)' "$1"
 }
 
 satisfies() {

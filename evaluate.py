@@ -26,7 +26,7 @@ from dataset import (
     load,
     pairs_of,
 )
-from networks import BACKBONES, MODELS, build_model
+from networks import BACKBONES, MODELS, build_model, fold_norms
 from utils.arguments import (
     SWITCH,
     Parser,
@@ -165,7 +165,8 @@ def load_model(args: argparse.Namespace, num_classes: int) -> tuple[Path, nn.Mod
         raise CheckpointError(f"{path}: its settings make no network ({error})") from None
     load_weights(model, model_state(checkpoint), path)
     step = checkpoint.get("step")
-    return path, model.eval(), settings | {"step": step if isinstance(step, int) else None}
+    # Normalisation costs nothing once it is part of the convolutions.
+    return path, fold_norms(model), settings | {"step": step if isinstance(step, int) else None}
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-PACKAGES = ["cc_attention"]
+PACKAGES = ["cc_attention", "libs"]
 DEFAULT_ARCHITECTURES = ["50", "52", "61"]
 # For toolkits that no longer know the defaults, where no GPU is visible: two of them have tensor cores.
 LATER_ARCHITECTURES = ["75", "80", "90"]

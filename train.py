@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import cc_attention
+import libs
 from dataset import (
     DATASETS,
     DataError,
@@ -28,7 +29,6 @@ from dataset import (
     load,
     pairs_of,
 )
-from libs import ABN
 from networks import BACKBONES, CLASSIFIERS, HEADS, IMAGENET_CLASSIFIER, MODELS, NORMS, build_model
 from utils.arguments import (
     SWITCH,
@@ -66,7 +66,7 @@ PICTURES = 10  # how often in a run predictions are shown in TensorBoard
 DEFINING = (
     "batch_size", "input_size", "learning_rate", "momentum", "weight_decay",
     "power", "num_steps", "ignore_label", "random_mirror", "random_scale", "random_seed", "model", "backbone",
-    "recurrence", "norm", "ohem", "ohem_thres", "ohem_keep", "ft",
+    "recurrence", "norm", "ohem", "ohem_thres", "ohem_keep", "freeze_bn",
 )  # fmt: skip
 
 
@@ -108,7 +108,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     recipe.add_argument("--momentum", type=share, default=0.9, help="of SGD")
     recipe.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of SGD")
     recipe.add_argument(
-        "--ft", **SWITCH, default=False, help="fine-tune: normalisation statistics stay fixed"
+        "--freeze-bn",
+        "--ft",
+        **SWITCH,
+        default=False,
+        help="fine-tune: statistics, weights and biases of the normalisation stay as they are",
     )
     recipe.add_argument(
         "--random-seed",
@@ -177,6 +181,8 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     torch.manual_seed(args.random_seed)
     network = build_model(args.model, args.num_classes, args.backbone, args.recurrence, args.norm)
     network.to(process.device, memory_format=torch.channels_last)
+    if args.freeze_bn:
+        libs.freeze(network)
     optimizer = torch.optim.SGD(
         network.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay
     )
@@ -286,6 +292,7 @@ def print_summary(run: Run) -> None:
     print(f"network   {args.model} on {args.backbone}, R={args.recurrence}, {parameters:.2f} M parameters")
     print(f"device    {process.device}, {process.world_size} process(es)")
     print(f"attention {cc_attention.backend()}")
+    print(f"norm      {args.norm}; {libs.backend()}")
     print(f"writes    {args.snapshot_dir}/ (checkpoints, log.jsonl, TensorBoard events)")
     if args.restore_from is None and args.resume is None:
         print("note      no --restore-from: the backbone starts from random weights, not from ImageNet")
@@ -337,12 +344,8 @@ def train(run: Run, first_step: int) -> None:
 
 
 def training_mode(run: Run) -> nn.Module:
-    """The network as it is trained: for ``--ft`` with fixed statistics, under torchrun as one of several."""
+    """The network as it is trained, under torchrun as one of several."""
     run.network.train()
-    if run.args.ft:
-        for module in run.network.modules():
-            if isinstance(module, ABN):
-                module.eval()
     if run.process.world_size == 1:
         return run.network
     # Without a round of attention its layer has parameters that get no gradient.

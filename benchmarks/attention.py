@@ -10,6 +10,7 @@ and writing the results once at the speed of a copy, whichever takes longer.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -138,27 +139,31 @@ def step(function: Function, inputs: list[Tensor], grad: Tensor) -> tuple[Tensor
     return torch.autograd.grad(function(*leaves), leaves, grad)
 
 
-def peak_mib(run: Callable[[], object], device: torch.device) -> float:
-    """The most memory that is allocated at a time while ``run`` goes on, above what was before."""
-    if device.type == "cuda":
-        run()  # the first call gets workspaces that stay
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+def levels(run: Callable[[], object]) -> list[int]:
+    """Bytes allocated on the CPU above what was before, after each change while ``run`` goes on.
+
+    The last one is what the result of ``run`` keeps alive.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         kept = run()
     del kept
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    level = peak = 0
-    for _, size in changes:
-        level += size
-        peak = max(peak, level)
-    return peak / 2**20
+    return list(itertools.accumulate(size for _, size in changes)) or [0]
+
+
+def peak_mib(run: Callable[[], object], device: torch.device) -> float:
+    """The most memory that is allocated at a time while ``run`` goes on, above what was before."""
+    if device.type != "cuda":
+        return max(levels(run)) / 2**20
+    run()  # the first call gets workspaces that stay
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

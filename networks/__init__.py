@@ -7,6 +7,7 @@ from torch import nn
 
 from libs import ABN, InPlaceABN, InPlaceABNSync
 from networks.ccnet import CCNet
+from networks.inference import fold_norms
 from networks.resnet import ARCHITECTURES
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"ccnet": CCNet}
@@ -18,7 +19,16 @@ HEADS = ("head.", "dsn.")
 IMAGENET_CLASSIFIER = ("fc.",)
 CLASSIFIERS = ("head.bottleneck.3.", "dsn.3.")
 
-__all__ = ["BACKBONES", "CLASSIFIERS", "HEADS", "IMAGENET_CLASSIFIER", "MODELS", "NORMS", "build_model"]
+__all__ = [
+    "BACKBONES",
+    "CLASSIFIERS",
+    "HEADS",
+    "IMAGENET_CLASSIFIER",
+    "MODELS",
+    "NORMS",
+    "build_model",
+    "fold_norms",
+]
 
 
 def build_model(

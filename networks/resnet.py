@@ -1,8 +1,11 @@
 """The dilated ResNet with a deep stem (He et al., CVPR 2016; MIT scene parsing), output stride 8."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Norm = Callable[[int], nn.Module]  # number of channels → normalisation layer
 
@@ -14,7 +17,74 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1, dilation: int 
     )
 
 
-class BasicBlock(nn.Module):
+@contextmanager
+def computed_again(tensor: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
+    """Layers called within do not hold ``tensor`` for their backward pass: ``compute`` makes it again."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler decides that by itself
+        yield
+        return
+    address, shape = tensor.data_ptr(), tensor.shape
+
+    def pack(saved: Tensor) -> Tensor | None:
+        return None if saved.data_ptr() == address and saved.shape == shape else saved
+
+    def unpack(packed: Tensor | None) -> Tensor:
+        return compute() if packed is None else packed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def conv_of_relu(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(relu(x)). Only x is held, which an in-place normalisation before it holds anyway."""
+    rectified = F.threshold(x, 0.0, 0.0)  # relu; but its gradient needs what comes in, not what goes out
+    held = x.detach()
+    with computed_again(rectified, lambda: F.relu(held)):
+        return conv(rectified)
+
+
+class Block(nn.Module):
+    """relu(branch(x) + shortcut(x))."""
+
+    downsample: nn.Module | None
+
+    def branch(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        return x if self.downsample is None else self.downsample(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu_(self.branch(x) + self.shortcut(x))
+
+
+def two_blocks(first: Block, second: Block, x: Tensor) -> Tensor:
+    """second(first(x)), without holding what lies between.
+
+    That is a sum of two tensors that are held anyway: the first branch's result by its in-place
+    normalisation, and x as the first convolution's input.
+    """
+    branch, shortcut = first.branch(x), first.shortcut(x)
+    between = branch + shortcut
+    held_branch, held_shortcut = branch.detach(), shortcut.detach()
+    with computed_again(between, lambda: F.relu_(held_branch + held_shortcut)):
+        between = F.relu_(between)
+        return second(between)
+
+
+class Stage(nn.Sequential):
+    """Blocks one after another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,in_channels,h,w) → (B,out_channels,h/stride,w/stride)."""
+        first, *others = self
+        x = first(x)
+        for index in range(0, len(others) - 1, 2):
+            x = two_blocks(others[index], others[index + 1], x)
+        return others[-1](x) if len(others) % 2 else x
+
+
+class BasicBlock(Block):
     """Two 3×3 convolutions and a shortcut (ResNet-18)."""
 
     expansion = 1
@@ -33,16 +103,14 @@ class BasicBlock(nn.Module):
         self.bn1 = norm(planes)
         self.conv2 = conv3x3(planes, planes, dilation=dilation)
         self.bn2 = norm(planes)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+    def branch(self, x: Tensor) -> Tensor:
+        out = self.bn1(self.conv1(x))
+        return self.bn2(conv_of_relu(self.conv2, out))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """1×1, 3×3, 1×1 and a shortcut (ResNet-50, -101); the stride sits on the 3×3 convolution."""
 
     expansion = 4
@@ -63,14 +131,12 @@ class Bottleneck(nn.Module):
         self.bn2 = norm(planes)
         self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
         self.bn3 = norm(planes * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+    def branch(self, x: Tensor) -> Tensor:
+        out = self.bn1(self.conv1(x))
+        out = self.bn2(conv_of_relu(self.conv2, out))
+        return self.bn3(conv_of_relu(self.conv3, out))
 
 
 # name: (block, blocks of each stage)
@@ -98,7 +164,6 @@ class DilatedResNet(nn.Module):
         self.conv1, self.bn1 = conv3x3(3, 64, stride=2), norm(64)
         self.conv2, self.bn2 = conv3x3(64, 64), norm(64)
         self.conv3, self.bn3 = conv3x3(64, 128), norm(128)
-        self.relu = nn.ReLU(inplace=True)
         # ceil_mode as in the reference: a 769×769 crop gives 97×97 features either way, other sizes differ.
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
         self.layer1 = _stage(block, 128, 64, blocks1, norm)
@@ -109,10 +174,11 @@ class DilatedResNet(nn.Module):
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B,3,H,W) → outputs of layer3 and layer4, each (B, channels, ~H/8, ~W/8)."""
-        x = self.relu(self.bn1(self.conv1(images)))
-        x = self.relu(self.bn2(self.conv2(x)))
-        x = self.relu(self.bn3(self.conv3(x)))
-        x = self.layer2(self.layer1(self.maxpool(x)))
+        x = self.bn1(self.conv1(images))
+        x = self.bn2(conv_of_relu(self.conv2, x))
+        x = self.bn3(conv_of_relu(self.conv3, x))
+        x = F.relu_(self.maxpool(x))  # as the other way round, on a quarter of the positions
+        x = self.layer2(self.layer1(x))
         layer3 = self.layer3(x)
         return layer3, self.layer4(layer3)
 
@@ -125,7 +191,7 @@ def _stage(
     norm: Norm,
     stride: int = 1,
     dilation: int = 1,
-) -> nn.Sequential:
+) -> Stage:
     """One stage: the first block adapts size and channels; all have the same dilation (multi-grid 1,1,1)."""
     out_channels = planes * block.expansion
     downsample = None
@@ -135,4 +201,4 @@ def _stage(
         )
     layers = [block(in_channels, planes, norm, stride, dilation, downsample)]
     layers += [block(out_channels, planes, norm, dilation=dilation) for _ in range(1, blocks)]
-    return nn.Sequential(*layers)
+    return Stage(*layers)

@@ -100,6 +100,9 @@ def readme_commands():
 @pytest.mark.parametrize("line", readme_commands())
 def test_every_command_of_the_readme_is_understood(line):
     words = shlex.split(line, comments=True)
+    if words[:2] == ["pip", "install"]:  # the build has tests of its own
+        assert words[2:] == ["-e", "."]
+        return
     script = next(word for word in words if word.endswith((".sh", ".py")) or word == "-m")
     arguments = words[words.index(script) + 1 :]
     if script == "train.py":

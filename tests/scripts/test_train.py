@@ -12,6 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from libs import ABN
 from networks import build_model
 from tests.scripts.conftest import ROOT, SMALL
 from utils.checkpoint import load_checkpoint
@@ -201,15 +202,22 @@ def test_another_number_of_classes_needs_not_restore_last(call, demo_data, tmp_p
     assert result.status == 0, result.error
 
 
-def test_fine_tuning_keeps_the_statistics(call, demo_data, tmp_path):
+@pytest.mark.parametrize("flag", ["--freeze-bn", "--ft"])
+def test_fine_tuning_keeps_the_normalisation(call, demo_data, tmp_path, flag):
     model = build_model(backbone="resnet18")
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    result = start_from(call, demo_data, tmp_path / "run", tmp_path / "weights.pth", "--ft")
+    weights, rate = tmp_path / "weights.pth", ("--learning-rate", 0.01)
+    result = start_from(call, demo_data, tmp_path / "run", weights, flag, *rate)
     assert result.status == 0, result.error
     after = load_checkpoint(tmp_path / "run" / "CS_scenes_1.pth")["model"]
+    kept = {
+        f"{name}.{entry}" if name else entry
+        for name, layer in model.named_modules()
+        if isinstance(layer, ABN)
+        for entry in layer.state_dict()
+    }
     for name, value in model.state_dict().items():
-        if "running" in name:
-            assert torch.equal(after[name], value)
+        assert torch.equal(after[name], value) == (name in kept), name
 
 
 def test_own_data_with_a_list(call, list_data, tmp_path):

@@ -1,0 +1,71 @@
+"""What becomes of ABN layers in fine-tuning, in inference and in other codes."""
+
+import torch
+from torch import Tensor, nn
+
+from libs.functions import scale_of
+from libs.modules import ABN
+
+
+def freeze(module: nn.Module) -> None:
+    """Fix statistics and affine parameters of all ABN layers, also when ``module.train()`` is called."""
+    for layer in module.modules():
+        if isinstance(layer, ABN):
+            layer.freeze()
+
+
+def activation_of(layer: ABN) -> nn.Module:
+    """The layer's activation alone."""
+    if layer.activation == "leaky_relu":
+        return nn.LeakyReLU(layer.activation_param)
+    if layer.activation == "elu":
+        return nn.ELU(layer.activation_param)
+    return nn.Identity()
+
+
+def to_batch_norm(layer: ABN) -> nn.Module:
+    """A plain BatchNorm2d, whose weight is |weight| + eps, and the activation: the same numbers."""
+    norm = nn.BatchNorm2d(layer.num_features, layer.eps, layer.momentum, layer.affine)
+    norm.to(layer.running_mean)
+    state = dict(layer.state_dict(), num_batches_tracked=torch.tensor(0))
+    if layer.weight is not None:
+        state["weight"] = layer.weight.detach().abs() + layer.eps
+    norm.load_state_dict(state)
+    norm.train(layer.training)
+    return norm if layer.activation == "identity" else nn.Sequential(norm, activation_of(layer))
+
+
+def replace_by_batch_norm(module: nn.Module) -> nn.Module:
+    """``to_batch_norm`` for all ABN layers within a module, which is changed and returned."""
+    for name, child in module.named_children():
+        setattr(
+            module, name, to_batch_norm(child) if isinstance(child, ABN) else replace_by_batch_norm(child)
+        )
+    return module
+
+
+def fold(conv: nn.Conv2d, layer: ABN) -> nn.Conv2d:
+    """A convolution that does what ``conv`` and then the affine map of ``layer`` do in inference.
+
+    The layer's activation remains to be applied.
+    """
+    factor = torch.rsqrt(layer.running_var + layer.eps)
+    scale = scale_of(layer.weight, layer.eps)
+    factor = factor if scale is None else factor * scale
+    offset = -layer.running_mean * factor if layer.bias is None else layer.bias - layer.running_mean * factor
+
+    def parameter(x: Tensor) -> nn.Parameter:
+        return nn.Parameter(x.detach(), requires_grad=False)
+
+    folded = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+        conv.groups,
+    )
+    folded.weight = parameter(conv.weight * factor.view(-1, 1, 1, 1))
+    folded.bias = parameter(offset if conv.bias is None else conv.bias * factor + offset)
+    return folded.train(conv.training)

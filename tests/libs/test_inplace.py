@@ -1,0 +1,252 @@
+"""In-Place ABN: its gradients, what it overwrites, and what it refuses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import libs
+from libs import ABN, InPlaceABN, native, ops
+
+ACTIVATIONS = ("leaky_relu", "elu", "identity")
+SHAPES = [(3, 5, 7, 9), (2, 5, 1, 1), (1, 5, 3, 4), (4, 5, 11), (6, 5), (2, 5, 2, 3, 4), (2, 37, 19, 23)]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def layers(channels, activation="leaky_relu", affine=True, dtype=torch.float64):
+    """ABN and InPlaceABN with the same parameters, some of them negative or tiny."""
+    torch.manual_seed(channels)
+    pair = [kind(channels, affine=affine, activation=activation) for kind in (ABN, InPlaceABN)]
+    if affine:
+        pair[0].weight.data = torch.randn(channels).abs().add(0.2) * torch.randn(channels).sign()
+        pair[0].bias.data = torch.randn(channels)
+    pair[0].running_mean.normal_()
+    pair[0].running_var.uniform_(0.5, 2)
+    pair[1].load_state_dict(pair[0].state_dict())
+    return [layer.to(dtype) for layer in pair]
+
+
+def results(layer, x, grad):
+    """Output and gradients; x * 1 is what the layer may overwrite."""
+    x = x.detach().clone().requires_grad_()
+    out = layer(x * 1)
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, [x, *parameters], grad)]
+
+
+def drawn(shape, channels_last, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(sum(shape))
+    x, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    x = 2 * x + 1
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x.to(dtype), grad.to(dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_numbers_are_those_of_abn(activation, affine, training, channels_last, shape):
+    """ABN is held against the formula in test_abn.py, its gradients against finite differences."""
+    plain, inplace = layers(shape[1], activation, affine)
+    x, grad = drawn(shape, channels_last)
+    expected, actual = (results(layer.train(training), x, grad) for layer in (plain, inplace))
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    for name, value in inplace.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("training", [True, False])
+def test_first_derivatives(activation, training):
+    layer = layers(5, activation)[1].train(training)
+    x, _ = drawn((2, 5, 3, 4), channels_last=True)
+    inputs = (x.requires_grad_(), layer.weight, layer.bias)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x * 1), inputs)
+
+
+def test_second_derivatives_are_refused():
+    layer = layers(5)[1]
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
+    out = layer(x * 1).square().sum()
+    with pytest.raises(RuntimeError, match="no second derivatives; use ABN"):
+        torch.autograd.grad(out, x, create_graph=True)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_half_types_keep_their_statistics_in_fp32(activation, dtype, channels_last):
+    plain, inplace = layers(5, activation)
+    x, grad = drawn((3, 5, 17, 19), channels_last, dtype)
+    expected = results(plain, x.double(), grad.double())
+    inplace.float()
+    out, *gradients = results(inplace, x, grad)
+    assert out.dtype == gradients[0].dtype == dtype
+    assert all(gradient.dtype == torch.float32 for gradient in gradients[1:])
+    # z is recovered from a rounded y: by the slope 0.01, or by the logarithm near ELU's floor of -0.01.
+    eps = torch.finfo(dtype).eps
+    for got, want in zip((out, *gradients), expected, strict=True):
+        assert (got.double() - want).abs().max() <= (8 if activation == "elu" else 2) * eps * want.abs().max()
+    torch.testing.assert_close(inplace.running_var.double(), plain.running_var, rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_of_values_far_from_zero():
+    x = (1000 + torch.randn(2, 3, 300, 200, dtype=torch.float64)).float()
+    for layout in (x, x.contiguous(memory_format=torch.channels_last)):
+        mean, var = torch.ops.libs.statistics(layout)
+        torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-6, atol=0)
+        want = x.double().var((0, 2, 3), correction=0)
+        torch.testing.assert_close(var.double(), want, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("weight", [1e-1, 1e-2, 1e-3, 0.0])
+def test_small_weights_cost_precision_in_proportion(weight):
+    """x̂ comes from (z - bias) / (|weight| + eps): the rounding of z, about eps · |bias|, is divided by it."""
+    plain, inplace = layers(5)
+    for layer in (plain, inplace):
+        layer.weight.data.fill_(weight)
+        layer.bias.data.fill_(1.0)
+    x, grad = drawn((4, 5, 31, 33), channels_last=True)
+    expected, actual = results(plain, x, grad), results(inplace.float(), x.float(), grad.float())
+    allowed = 4 * torch.finfo(torch.float32).eps * (10 + 1 / (weight + plain.eps))
+    for got, want in zip(actual, expected, strict=True):
+        assert (got.double() - want).abs().max() <= allowed * want.abs().max()
+
+
+def test_the_input_is_overwritten_and_nothing_else_is_held():
+    saved = []
+    x = torch.randn(2, 5, 3, 4, requires_grad=True) * 1
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = InPlaceABN(5)(x)
+    assert out.data_ptr() == x.data_ptr()
+    assert all(t.data_ptr() == out.data_ptr() or t.numel() <= 5 for t in saved)
+
+
+def test_autograd_notices_who_changes_the_output():
+    layer, x = InPlaceABN(5), torch.randn(2, 5, 3, 4, requires_grad=True)
+    out = layer(x * 1)
+    nn.functional.relu_(out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_autograd_notices_who_wanted_the_input():
+    layer, x = InPlaceABN(5), torch.randn(2, 5, 3, 4, requires_grad=True)
+    produced = x.exp()  # which saves its result
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (layer(produced).sum() + produced.sum()).backward()
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        layer(torch.randn(2, 5, 3, 4, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randn(2, 4, 3, 3), r"InPlaceABN wants \(B,5,…\); got shape \(2, 4, 3, 3\)"),
+        (torch.randn(5), r"InPlaceABN wants \(B,5,…\); got shape \(5,\)"),
+        (torch.randn(1, 5, 1, 1), "more than one value per channel to train on"),
+        (
+            torch.randn(2, 5, 6, 6)[:, :, ::2],
+            r"must be contiguous or channels-last; got shape \(2, 5, 3, 6\)",
+        ),
+        (torch.randn(1, 5, 1, 1).expand(2, 5, 3, 3), "must be contiguous or channels-last"),
+    ],
+)
+def test_bad_input_is_named(x, message):
+    with pytest.raises(ValueError, match=message):
+        InPlaceABN(5)(x)
+
+
+def test_activations_that_cannot_be_inverted():
+    with pytest.raises(ValueError, match="activation_param > 0; got 0"):
+        InPlaceABN(5, activation_param=0)
+
+
+def test_an_empty_batch_stays_empty():
+    assert InPlaceABN(5).eval()(torch.randn(0, 5, 3, 4)).shape == (0, 5, 3, 4)
+
+
+@pytest.mark.parametrize("kind", [ABN, InPlaceABN])
+def test_frozen_layers_stay_as_they_are_and_pass_exact_gradients(kind):
+    layer = kind(5).double()
+    layer.running_mean.normal_()
+    layer.weight.data.normal_()
+    libs.freeze(nn.Sequential(layer))
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
+    expected = layer.eval()(x * 1).detach()
+    layer.train()
+    assert not layer.training
+    torch.testing.assert_close(layer(x * 1), expected)
+    assert torch.autograd.gradcheck(lambda x: layer(x * 1), [x])
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+    assert not any(p.requires_grad for p in layer.parameters())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("affine", [True, False])
+def test_plain_batch_norm_gives_the_same_numbers(activation, affine):
+    layer = layers(5, activation, affine)[1]
+    plain = libs.to_batch_norm(layer)
+    assert not any(isinstance(module, ABN) for module in plain.modules())
+    x, grad = drawn((3, 5, 7, 9), channels_last=False)
+    for training in (True, False):
+        expected, actual = (results(m.train(training), x, grad) for m in (layer, plain))
+        torch.testing.assert_close(actual[:2], expected[:2])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_folding_into_the_convolution(bias):
+    conv, norm = nn.Conv2d(3, 5, 3, 2, 1, bias=bias).double(), layers(5, "identity")[0].eval()
+    x = torch.randn(2, 3, 9, 11, dtype=torch.float64)
+    torch.testing.assert_close(libs.fold(conv, norm)(x), norm(conv(x)))
+
+
+@pytest.mark.parametrize("step", ["statistics", "sums", "gradient"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_opcheck(step, channels_last):
+    y, grad = drawn((2, 5, 7, 9), channels_last, torch.float32)
+    grad = torch.empty_like(y).copy_(grad)
+    vector, rest = torch.rand(5) + 0.5, (1e-5, "leaky_relu", 0.01)
+    arguments = {
+        "statistics": (y,),
+        "sums": (grad, y, vector, vector, *rest),
+        "gradient": (grad, y, vector, vector, None, vector, vector, *rest),
+    }
+    # These are steps within an autograd.Function; they have no gradients of their own.
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.libs, step), arguments[step], test_utils=tests)
+
+
+@pytest.mark.parametrize("kernels", ["avx2", "baseline", "none"])
+def test_every_implementation(kernels):
+    """The one that serves here is tested in this process."""
+    if native.problem() is not None:
+        pytest.skip(native.problem())
+    wish = {"LIBS_KERNELS": kernels}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(
+        [*command, "-k", "not every_implementation and not doctor"],
+        cwd=ROOT, env=os.environ | wish, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+
+
+def test_doctor():
+    result = subprocess.run([sys.executable, "-m", "libs"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count(" right\n") == 4 * (2 if torch.cuda.is_available() else 1)
+    assert f"CPU        {ops.implementation('cpu')}" in result.stdout
+
+
+def test_kernels_are_built_where_there_is_a_compiler():
+    if os.environ.get("CI") and "LIBS_KERNELS" not in os.environ:
+        assert ops.implementation("cpu").startswith("C++")
