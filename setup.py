@@ -160,6 +160,11 @@ def tolerant_build(base: type) -> type:
                     raise
                 say(f"no compiled kernels, the build failed ({error}); the slower PyTorch path will serve")
 
+        def copy_file(self, source, target, *args, **kwargs):
+            # Not into the old file: a process that runs with it, training perhaps, has it mapped.
+            Path(target).unlink(missing_ok=True)
+            return super().copy_file(source, target, *args, **kwargs)
+
     return Build
 
 

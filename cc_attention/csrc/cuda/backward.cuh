@@ -1,0 +1,129 @@
+// Criss-cross attention, backward. With P the attention, δ = Σ_c grad ∘ out and energies E:
+//   P = exp(E - lse),   dP = grad · valueᵀ,   dE = P ∘ (dP - δ),
+//   dvalue = Pᵀ · grad,   dquery = dE · key,   dkey = dEᵀ · query.
+//
+// A pass takes some queries and some keys of each line of one axis, and one block all of that for a line: no
+// two blocks write to the same place, so there are no atomics and the order of sums is fixed. The gradients
+// are summed over passes in their own dtype, within a pass in fp32 (fp64).
+#pragma once
+
+#include "tile.cuh"
+
+namespace cc_attention::cuda {
+
+template <typename T>
+struct BackwardPass {
+  const T* grad;   // (B,H,W,C), as value and dvalue
+  const T* query;  // (B,H,W,Cr), as key, dquery and dkey
+  const T* key;
+  const T* value;
+  const Wide<T>* lse;  // (B,H,W)
+  const Wide<T>* delta;
+  T* dquery;
+  T* dkey;
+  T* dvalue;
+  int height, width, query_channels, channels;
+  Index first_line;
+  Axis axis;
+  int query_begin, query_end, key_begin, key_end;  // of each line
+  bool first_for_queries, first_for_keys;          // their gradients hold nothing yet
+};
+
+template <typename Engine, typename T>
+__device__ Target<Engine, T> target_of(const Segment<T>& to, bool overwrite) {
+  Target<Engine, T> target{to, overwrite, {}};
+#pragma unroll
+  for (int i = 0; i < Engine::ROWS; ++i) target.share[i] = 1;
+  return target;
+}
+
+template <typename Engine, typename T>
+__device__ void backward_block(const BackwardPass<T>& pass, void* memory) {
+  const Shared<Engine> shared(memory);
+  const Index line = pass.first_line + blockIdx.x;
+  const Span queries = span_of(pass.axis, pass.height, pass.width, line, pass.query_begin, pass.query_end);
+  const Span keys = span_of(pass.axis, pass.height, pass.width, line, pass.key_begin, pass.key_end);
+  const int channels = pass.channels, query_channels = pass.query_channels;
+  const Segment<const T> query = queries.of(pass.query, query_channels), key = keys.of(pass.key, query_channels);
+  const Segment<const T> grad = queries.of(pass.grad, channels), value = keys.of(pass.value, channels);
+
+  typename Engine::Accumulator part;
+  products<Engine, T>(part, shared, query, key);
+#pragma unroll
+  for (int i = 0; i < Engine::ROWS; ++i) {
+    const int row = Engine::row(i);
+    const Wide<T> lse = row < queries.length ? pass.lse[queries.position(row)] : 0;
+#pragma unroll
+    for (int j = 0; j < Engine::COLUMNS; ++j) {
+      const int column = Engine::column(j);
+      const bool own = pass.axis == Axis::COLUMN && pass.query_begin + row == pass.key_begin + column;
+      const bool attends = row < queries.length && column < keys.length && !own;
+      part.value[i][j] = attends ? exponential(part.value[i][j] - lse) : 0;
+    }
+  }
+  keep_weights(shared, part);  // P
+  gather<Engine, true>(shared, grad, target_of<Engine>(keys.of(pass.dvalue, channels), pass.first_for_keys), 0,
+                       channels);
+
+  products<Engine, T>(part, shared, grad, value);  // dP
+#pragma unroll
+  for (int i = 0; i < Engine::ROWS; ++i) {
+    const int row = Engine::row(i);
+    const Wide<T> delta = row < queries.length ? pass.delta[queries.position(row)] : 0;
+#pragma unroll
+    for (int j = 0; j < Engine::COLUMNS; ++j) {
+      // Each thread reads and replaces the weights that it has written itself.
+      const auto attention = shared.weights[row * Shared<Engine>::LD + Engine::column(j)];
+      part.value[i][j] = widen(attention) * (part.value[i][j] - delta);
+    }
+  }
+  keep_weights(shared, part);  // dE
+  gather<Engine, false>(shared, key,
+                        target_of<Engine>(queries.of(pass.dquery, query_channels), pass.first_for_queries), 0,
+                        query_channels);
+  gather<Engine, true>(shared, query, target_of<Engine>(keys.of(pass.dkey, query_channels), pass.first_for_keys), 0,
+                       query_channels);
+}
+
+template <typename Engine, typename T>
+__global__ __launch_bounds__(Engine::THREADS, Engine::BLOCKS_PER_SM) void backward_kernel(BackwardPass<T> pass) {
+  CC_ATTENTION_SHARED_MEMORY(memory);
+  if constexpr (Engine::AVAILABLE) backward_block<Engine>(pass, memory);
+}
+
+// δ of each position, one warp for each.
+template <typename T>
+struct Delta {
+  static constexpr int THREADS = 128;
+  static constexpr int POSITIONS = THREADS / 32;  // of a block
+  const T* grad;                                  // (B,H,W,C), as out
+  const T* out;
+  Wide<T>* delta;  // (B,H,W)
+  Index positions;
+  int channels;
+};
+
+template <typename T>
+__global__ __launch_bounds__(Delta<T>::THREADS) void delta_kernel(Delta<T> task) {
+  constexpr int VECTOR = 16 / static_cast<int>(sizeof(T));
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const Index position = static_cast<Index>(blockIdx.x) * Delta<T>::POSITIONS + threadIdx.x / 32;
+  if (position >= task.positions) return;  // the whole warp
+  const T* grad = task.grad + position * task.channels;
+  const T* out = task.out + position * task.channels;
+  Wide<T> sum = 0;
+  const bool aligned = (reinterpret_cast<Index>(task.grad) | reinterpret_cast<Index>(task.out)) % 16 == 0;
+  if (aligned && task.channels % VECTOR == 0) {
+    for (int c = lane * VECTOR; c < task.channels; c += 32 * VECTOR) {
+      const auto a = *reinterpret_cast<const Pack<T, VECTOR>*>(grad + c);
+      const auto b = *reinterpret_cast<const Pack<T, VECTOR>*>(out + c);
+      for (int n = 0; n < VECTOR; ++n) sum += widen(a.item[n]) * widen(b.item[n]);
+    }
+  } else {
+    for (int c = lane; c < task.channels; c += 32) sum += widen(grad[c]) * widen(out[c]);
+  }
+  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  if (lane == 0) task.delta[position] = sum;
+}
+
+}  // namespace cc_attention::cuda

@@ -1,0 +1,135 @@
+// Criss-cross attention, forward: out[u] = Σ_i softmax_i(query[u] · key[i]) value[i] over the row and the
+// column of u (paper, section 3.1), the own position once: the row has it, the column leaves it out.
+//
+// A pass adds the contribution of some keys of each line of one axis. Between passes `out` is the result over
+// the keys seen so far, and lse = log Σ exp(energy) over them. With the energies e of a pass
+//   lse' = log(exp(lse) + Σ exp(e)),   out' = exp(lse - lse') out + Σ exp(e - lse') value.
+// So a line of any length needs no memory but out and lse; energies never leave the multiprocessor.
+#pragma once
+
+#include "tile.cuh"
+
+namespace cc_attention::cuda {
+
+template <typename T>
+struct ForwardPass {
+  const T* query;  // (B,H,W,Cr), as key
+  const T* key;
+  const T* value;  // (B,H,W,C), as out
+  T* out;
+  // (B,H,W). Two buffers: blocks that work on different channels of the same line all read the old one.
+  const Wide<T>* lse_before;
+  Wide<T>* lse_after;
+  int height, width, query_channels, channels;
+  Index first_line;
+  Axis axis;
+  int tile;                // queries of a block
+  int key_begin, key_end;  // of each line
+  int channels_per_block;  // a multiple of TILE
+  bool first;              // out and lse hold nothing yet
+};
+
+// One number of each row from all threads: each brings its part for its own rows and gets the whole.
+template <typename Engine, typename Number, typename Combine>
+__device__ void combine_row(Number (&part)[Engine::ROWS], Number* memory, Combine combine) {
+  for (int i = 0; i < Engine::ROWS; ++i) memory[Engine::row(i) * Engine::GROUPS + Engine::group()] = part[i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < Engine::ROWS; ++i) {
+    const Number* row = memory + Engine::row(i) * Engine::GROUPS;
+    part[i] = row[0];
+    for (int g = 1; g < Engine::GROUPS; ++g) part[i] = combine(part[i], row[g]);
+  }
+}
+
+// Energies become weights exp(e - lse'), old_lse becomes lse', and old_share exp(lse - lse').
+template <typename Engine, typename Number>
+__device__ void softmax(typename Engine::Accumulator& energies, Number (&lse)[Engine::ROWS],
+                        Number (&old_share)[Engine::ROWS], void* memory) {
+  Number* maxima = static_cast<Number*>(memory);
+  Number* sums = maxima + Engine::TILE * Engine::GROUPS;
+  constexpr int NEEDED = 2 * Engine::TILE * Engine::GROUPS * sizeof(Number);
+  static_assert(NEEDED <= 2 * Shared<Engine>::BUFFER * sizeof(typename Engine::Element), "they fit the buffers");
+  Number maximum[Engine::ROWS], sum[Engine::ROWS];
+#pragma unroll
+  for (int i = 0; i < Engine::ROWS; ++i) {
+    maximum[i] = lse[i];
+#pragma unroll
+    for (int j = 0; j < Engine::COLUMNS; ++j) maximum[i] = larger(maximum[i], energies.value[i][j]);
+  }
+  combine_row<Engine>(maximum, maxima, [](Number a, Number b) { return larger(a, b); });
+#pragma unroll
+  for (int i = 0; i < Engine::ROWS; ++i) {
+    sum[i] = 0;
+#pragma unroll
+    for (int j = 0; j < Engine::COLUMNS; ++j) {
+      energies.value[i][j] = exponential(energies.value[i][j] - maximum[i]);
+      sum[i] += energies.value[i][j];
+    }
+  }
+  combine_row<Engine>(sum, sums, [](Number a, Number b) { return a + b; });
+#pragma unroll
+  for (int i = 0; i < Engine::ROWS; ++i) {
+    const Number old = exponential(lse[i] - maximum[i]), scale = 1 / (old + sum[i]);
+    lse[i] = maximum[i] + logarithm(old + sum[i]);
+    old_share[i] = old * scale;
+#pragma unroll
+    for (int j = 0; j < Engine::COLUMNS; ++j) energies.value[i][j] *= scale;
+  }
+  __syncthreads();  // the memory may be used again
+}
+
+// A block takes one tile of queries of one line (blockIdx.x) and some of the channels (blockIdx.y).
+template <typename Engine, typename T>
+__device__ void forward_block(const ForwardPass<T>& pass, void* memory) {
+  using Number = Wide<T>;
+  const Shared<Engine> shared(memory);
+  const int length = pass.axis == Axis::ROW ? pass.width : pass.height;
+  const int tiles = ceil_div(length, pass.tile), block = static_cast<int>(blockIdx.x);
+  const Index line = pass.first_line + block / tiles;
+  const int query_begin = block % tiles * pass.tile, query_end = smaller(query_begin + pass.tile, length);
+  const Span queries = span_of(pass.axis, pass.height, pass.width, line, query_begin, query_end);
+  const Span keys = span_of(pass.axis, pass.height, pass.width, line, pass.key_begin, pass.key_end);
+
+  typename Engine::Accumulator weights;
+  products<Engine, T>(weights, shared, queries.of(pass.query, pass.query_channels),
+                      keys.of(pass.key, pass.query_channels));
+
+  Number lse[Engine::ROWS];
+  Target<Engine, T> target{queries.of(pass.out, pass.channels), pass.first, {}};
+#pragma unroll
+  for (int i = 0; i < Engine::ROWS; ++i) {
+    const int row = Engine::row(i);
+    const bool seen = !pass.first && row < queries.length;
+    lse[i] = seen ? pass.lse_before[queries.position(row)] : minus_infinity();
+#pragma unroll
+    for (int j = 0; j < Engine::COLUMNS; ++j) {
+      const int column = Engine::column(j);
+      const bool own = pass.axis == Axis::COLUMN && query_begin + row == pass.key_begin + column;
+      if (column >= keys.length || own) weights.value[i][j] = minus_infinity();
+    }
+  }
+  // Where a query has no key in this pass (a column of one position), the maximum is the finite old lse, each
+  // weight is exp(-inf) = 0 and the old share exactly 1. The first pass is along rows, so there is always one.
+  softmax<Engine>(weights, lse, target.share, shared.buffers);
+  keep_weights(shared, weights);
+
+#pragma unroll
+  for (int i = 0; i < Engine::ROWS; ++i) {
+    const int row = Engine::row(i);
+    if (row < queries.length && Engine::group() == 0 && blockIdx.y == 0) {
+      pass.lse_after[queries.position(row)] = lse[i];
+    }
+  }
+  const int channel_begin = static_cast<int>(blockIdx.y) * pass.channels_per_block;
+  const int channel_end = smaller(channel_begin + pass.channels_per_block, pass.channels);
+  gather<Engine, false>(shared, keys.of(pass.value, pass.channels), target, channel_begin, channel_end);
+}
+
+template <typename Engine, typename T>
+__global__ __launch_bounds__(Engine::THREADS, Engine::BLOCKS_PER_SM) void forward_kernel(ForwardPass<T> pass) {
+  CC_ATTENTION_SHARED_MEMORY(memory);
+  if constexpr (Engine::AVAILABLE) forward_block<Engine>(pass, memory);
+}
+
+}  // namespace cc_attention::cuda

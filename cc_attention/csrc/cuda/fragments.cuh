@@ -1,0 +1,140 @@
+// What a warp does on tensor cores (sm_80 and later): 16×16 squares of a product, summed in fp32, from 16-bit
+// elements or from fp32 ones that are rounded to TF32 (8 bits of exponent, 10 of mantissa).
+//
+// Everything rests on mma.sync, whose layout of matrices over a warp's registers is documented (PTX ISA, "Matrix
+// Fragments for mma.m16n8k16" and "... mma.m16n8k8"), unlike that of the wmma classes in mma.h: so the softmax
+// can work on the registers, and no header is needed.
+#pragma once
+
+#include "copy.cuh"
+#include "scalar.cuh"
+
+namespace cc_attention::cuda {
+
+#if defined(CC_ATTENTION_EMULATED) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800)
+#define CC_ATTENTION_TENSOR_CORES 1
+#else
+#define CC_ATTENTION_TENSOR_CORES 0
+#endif
+
+// Both operands of a square are (16, STEP): A[row][k] and B[column][k]. "Place" is the row or the column.
+//   STEP             terms of the sum that one call of multiply_add() adds
+//   VECTOR           how many of a lane's consecutive columns are neighbours
+//   row(i), column(j)  a lane holds 2×4 elements of a square: where element i, j is
+//   load()           an operand of STEP terms from a tile of leading dimension ld: tile[place][k] or, with
+//                    TRANSPOSED, tile[k][place]
+//   multiply_add()   upper (i = 0) and lower (i = 1) += A · Bᵀ
+template <typename Element>
+struct Fragments {  // Half and BFloat16
+  static constexpr int STEP = 16, VECTOR = 2;
+  __device__ static int row(int lane, int i) { return lane / 4 + 8 * i; }
+  __device__ static int column(int lane, int j) { return lane % 4 * 2 + j / 2 * 8 + j % 2; }
+
+#if CC_ATTENTION_TENSOR_CORES
+  // Four 8×8 matrices: places 0 to 7 and 8 to 15 of the first eight k, then of the others. ldmatrix: lane
+  // 8m + r points at row r of matrix m (16 bytes, aligned), lane l receives as fragment[m] the elements
+  // (l/4, 2(l%4)) and (l/4, 2(l%4) + 1) of matrix m or of its transpose.
+  template <bool TRANSPOSED>
+  __device__ static void load(unsigned (&fragment)[4], const Element* tile, int ld, int lane) {
+    const int place = lane % 16, k = lane / 16 * 8;
+    const int transposed_place = lane / 8 % 2 * 8, transposed_k = lane / 16 * 8 + lane % 8;
+    const Element* row = TRANSPOSED ? tile + transposed_k * ld + transposed_place : tile + place * ld + k;
+#ifdef CC_ATTENTION_EMULATED
+    emulator::load_matrices(fragment, row, TRANSPOSED);
+#else
+    const unsigned address = shared_address(row);
+    if constexpr (TRANSPOSED) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                   : "r"(address)
+                   : "memory");
+    } else {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                   : "r"(address)
+                   : "memory");
+    }
+#endif
+  }
+
+  __device__ static void multiply_add(float* upper, float* lower, const unsigned (&a)[4], const unsigned (&b)[4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // eight columns each
+      float *c = upper + 2 * half, *d = lower + 2 * half;
+#if defined(CC_ATTENTION_EMULATED)
+      emulator::multiply_add<16>({c, c + 1, d, d + 1}, {a[0], a[1], a[2], a[3], b[half], b[half + 2]},
+                                 [](uint64_t bits) { return widen(Element{static_cast<unsigned short>(bits)}); });
+#else
+#define CC_ATTENTION_MMA(TYPE)                                              \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE       \
+               ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(d[0]), "+f"(d[1])             \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[half]), "r"(b[half + 2]))
+      if constexpr (Same<Element, Half>::value) {
+        CC_ATTENTION_MMA("f16");
+      } else {
+        CC_ATTENTION_MMA("bf16");
+      }
+#undef CC_ATTENTION_MMA
+#endif
+    }
+  }
+#endif  // CC_ATTENTION_TENSOR_CORES
+};
+
+// mma.m16n8k8 gives a lane, with g = lane/4 and t = lane%4, the rows g and g + 8 (of B the column g) at k = t
+// and t + 4, and of the result the columns 2t and 2t + 1. Rows, columns and terms of a sum may be numbered at
+// will: let row g + 8 of the instruction be row 2g + 1 of the square and g be 2g, and the same of k, and let
+// one B have the square's even columns and another the odd ones. Then a lane needs of each operand the 2×2
+// elements from (2g, 2t) on: two loads of 8 bytes, from a tile transposed or not, and with rows that start 4
+// (or 12) banks further than a multiple of 16 they meet no bank twice.
+template <>
+struct Fragments<float> {
+  static constexpr int STEP = 8, VECTOR = 4;
+  __device__ static int row(int lane, int i) { return lane / 4 * 2 + i; }
+  __device__ static int column(int lane, int j) { return lane % 4 * 4 + j; }
+
+#if CC_ATTENTION_TENSOR_CORES
+  // To nearest, ties away from zero; the tensor cores themselves would cut the last 13 bits off.
+  __device__ static unsigned round(float x) {
+#ifdef CC_ATTENTION_EMULATED
+    return emulator::round_to_tf32(x);
+#else
+    unsigned bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+    return bits;
+#endif
+  }
+
+  template <bool TRANSPOSED>
+  __device__ static void load(unsigned (&fragment)[4], const float* tile, int ld, int lane) {
+    const int place = lane / 4 * 2, k = lane % 4 * 2;
+    const float* first = TRANSPOSED ? tile + k * ld + place : tile + place * ld + k;
+    using Pair = Pack<float, 2>;
+    const Pair pairs[2] = {*reinterpret_cast<const Pair*>(first), *reinterpret_cast<const Pair*>(first + ld)};
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {  // place n % 2, k n / 2
+      fragment[n] = round(TRANSPOSED ? pairs[n / 2].item[n % 2] : pairs[n % 2].item[n / 2]);
+    }
+  }
+
+  __device__ static void multiply_add(float* upper, float* lower, const unsigned (&a)[4], const unsigned (&b)[4]) {
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      float *c = upper + odd, *d = lower + odd;
+#ifdef CC_ATTENTION_EMULATED
+      emulator::multiply_add<8>({c, c + 2, d, d + 2}, {a[0], a[1], a[2], a[3], b[odd], b[odd + 2]},
+                                emulator::tf32_to_float);
+#else
+      asm volatile(
+          "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+          "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+          : "+f"(c[0]), "+f"(c[2]), "+f"(d[0]), "+f"(d[2])
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[odd]), "r"(b[odd + 2]));
+#endif
+    }
+  }
+#endif  // CC_ATTENTION_TENSOR_CORES
+};
+
+}  // namespace cc_attention::cuda

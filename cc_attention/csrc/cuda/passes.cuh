@@ -1,0 +1,124 @@
+// The order of passes and how work is divided among blocks, without any call to CUDA: the caller gives a
+// function that launches a pass, so that the tests run the same sequence on a CPU.
+#pragma once
+
+#include "backward.cuh"
+#include "forward.cuh"
+
+namespace cc_attention::cuda {
+
+struct Shape {
+  Index batch;
+  int query_channels, channels, height, width;
+  Index positions() const { return batch * height * width; }
+};
+
+struct Plan {
+  int tile;      // positions of a segment, at most TILE
+  Index images;  // of a launch
+  int splits;    // of the channels, forward
+};
+
+// Work goes by images, rows, then columns: what a pass along the rows has read and written (38 MB for two
+// images of 97×97 positions and 512 channels in bf16) is still in the L2 cache for that along the columns. As
+// many images are taken together as the GPU can work on at once: with more, some blocks would wait for a
+// second round. Where even all images leave room for it, several blocks share the channels of a line, each
+// computing the energies anew (Cr/C of the work).
+template <typename Engine>
+Plan plan_for(const Shape& shape, int multiprocessors) {
+  const int tile = Engine::TILE;
+  const Index room = static_cast<Index>(multiprocessors) * Engine::BLOCKS_PER_SM;
+  const Index blocks_of_image = larger(static_cast<Index>(shape.height) * ceil_div(shape.width, tile),
+                                       static_cast<Index>(shape.width) * ceil_div(shape.height, tile));
+  const Index images = larger<Index>(1, smaller(shape.batch, room / blocks_of_image));
+  const Index splits = smaller<Index>(room / (images * blocks_of_image), ceil_div(shape.channels, tile));
+  return {tile, images, static_cast<int>(larger<Index>(1, splits))};
+}
+
+inline int length_of(const Shape& shape, Axis axis) { return axis == Axis::ROW ? shape.width : shape.height; }
+inline int lines_of(const Shape& shape, Axis axis) { return axis == Axis::ROW ? shape.height : shape.width; }
+
+// run(axis, first line, lines) for each group of images, rows first.
+template <typename Run>
+void for_each_axis(const Shape& shape, const Plan& plan, Run run) {
+  for (Index image = 0; image < shape.batch; image += plan.images) {
+    const Index images = smaller(plan.images, shape.batch - image);
+    for (Axis axis : {Axis::ROW, Axis::COLUMN}) {
+      const Index lines = lines_of(shape, axis);
+      run(axis, image * lines, images * lines);
+    }
+  }
+}
+
+// launch(pass, grid x, grid y). `scratch` is as large as lse.
+template <typename Engine, typename T, typename Launch>
+void forward(const Shape& shape, const Plan& plan, const T* query, const T* key, const T* value, T* out, Wide<T>* lse,
+             Wide<T>* scratch, Launch launch) {
+  ForwardPass<T> pass{};
+  pass.query = query;
+  pass.key = key;
+  pass.value = value;
+  pass.out = out;
+  pass.height = shape.height;
+  pass.width = shape.width;
+  pass.query_channels = shape.query_channels;
+  pass.channels = shape.channels;
+  pass.tile = plan.tile;
+  pass.channels_per_block = ceil_div(ceil_div(shape.channels, plan.splits), Engine::TILE) * Engine::TILE;
+  const int splits = shape.channels > 0 ? ceil_div(shape.channels, pass.channels_per_block) : 1;
+  const int passes = ceil_div(shape.width, plan.tile) + ceil_div(shape.height, plan.tile);
+  int left = 0;  // passes until the last one of these images, which leaves its result in lse
+  for_each_axis(shape, plan, [&](Axis axis, Index first_line, Index lines) {
+    pass.first = axis == Axis::ROW;
+    if (pass.first) left = passes;
+    pass.axis = axis;
+    pass.first_line = first_line;
+    const int length = length_of(shape, axis);
+    for (pass.key_begin = 0; pass.key_begin < length; pass.key_begin = pass.key_end, pass.first = false) {
+      pass.key_end = smaller(pass.key_begin + plan.tile, length);
+      --left;
+      pass.lse_after = left % 2 == 0 ? lse : scratch;
+      pass.lse_before = left % 2 == 0 ? scratch : lse;
+      launch(pass, lines * ceil_div(length, plan.tile), splits);
+    }
+  });
+}
+
+// launch_delta(task, grid x), then launch(pass, grid x). `delta` is as large as lse.
+template <typename T, typename LaunchDelta, typename Launch>
+void backward(const Shape& shape, const Plan& plan, const T* grad, const T* query, const T* key, const T* value,
+              const T* out, const Wide<T>* lse, Wide<T>* delta, T* dquery, T* dkey, T* dvalue,
+              LaunchDelta launch_delta, Launch launch) {
+  const Delta<T> task{grad, out, delta, shape.positions(), shape.channels};
+  launch_delta(task, (task.positions + Delta<T>::POSITIONS - 1) / Delta<T>::POSITIONS);
+  BackwardPass<T> pass{};
+  pass.grad = grad;
+  pass.query = query;
+  pass.key = key;
+  pass.value = value;
+  pass.lse = lse;
+  pass.delta = delta;
+  pass.dquery = dquery;
+  pass.dkey = dkey;
+  pass.dvalue = dvalue;
+  pass.height = shape.height;
+  pass.width = shape.width;
+  pass.query_channels = shape.query_channels;
+  pass.channels = shape.channels;
+  for_each_axis(shape, plan, [&](Axis axis, Index first_line, Index lines) {
+    pass.axis = axis;
+    pass.first_line = first_line;
+    const int length = length_of(shape, axis);
+    for (pass.query_begin = 0; pass.query_begin < length; pass.query_begin = pass.query_end) {
+      pass.query_end = smaller(pass.query_begin + plan.tile, length);
+      for (pass.key_begin = 0; pass.key_begin < length; pass.key_begin = pass.key_end) {
+        pass.key_end = smaller(pass.key_begin + plan.tile, length);
+        pass.first_for_queries = axis == Axis::ROW && pass.key_begin == 0;
+        pass.first_for_keys = axis == Axis::ROW && pass.query_begin == 0;
+        launch(pass, lines);
+      }
+    }
+  });
+}
+
+}  // namespace cc_attention::cuda

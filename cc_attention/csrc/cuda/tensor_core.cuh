@@ -1,0 +1,71 @@
+// The engine for tensor cores (sm_80 and later): tiles of half types, or of fp32 multiplied in TF32.
+// (The members of an engine are explained in portable.cuh.)
+#pragma once
+
+#include "fragments.cuh"
+
+namespace cc_attention::cuda {
+
+template <typename Element_>
+struct TensorCore {
+  using Element = Element_;
+  using Fragment = Fragments<Element>;
+  static constexpr bool AVAILABLE = CC_ATTENTION_TENSOR_CORES;
+  static constexpr int TILE = 128;
+  static constexpr int THREADS = 256;
+  static constexpr int MAX_SHARED = 99 * 1024;  // on sm_86, the least of those with tensor cores for bf16
+  static constexpr int BLOCKS_PER_SM = 2;
+  // In fp32 the weights take 66 KiB: depths are what is left for the buffers, and that is used to the last byte.
+  static constexpr int DEPTH = sizeof(Element) == 2 ? 32 : 8;
+  static constexpr int GATHER_DEPTH = sizeof(Element) == 2 ? 64 : 32;
+  // Rows start 4 banks further than the last one did (12 in products of fp32): a fragment meets no bank twice.
+  static constexpr int PAD = 16 / static_cast<int>(sizeof(Element));
+  static constexpr int GROUPS = 8;
+  static constexpr int VECTOR = Fragment::VECTOR;
+
+  // 4×2 warps, each of 2×4 squares of 16×16 elements. Squares are dealt out in turn, so that warps have
+  // equal work when a line fills only part of the tile.
+  static constexpr int ROWS = 4, COLUMNS = 16;
+  struct Accumulator {
+    float value[ROWS][COLUMNS];
+  };
+  __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  __device__ static int row_square(int m) { return static_cast<int>(threadIdx.x) / 64 + 4 * m; }
+  __device__ static int column_square(int n) { return static_cast<int>(threadIdx.x) / 32 % 2 + 2 * n; }
+  __device__ static int row(int i) { return 16 * row_square(i / 2) + Fragment::row(lane(), i % 2); }
+  __device__ static int column(int j) { return 16 * column_square(j / 4) + Fragment::column(lane(), j % 4); }
+  __device__ static int group() { return static_cast<int>(threadIdx.x) / 32 % 2 * 4 + lane() % 4; }
+
+  template <bool A_TRANSPOSED, bool B_TRANSPOSED>
+  __device__ static void multiply(Accumulator& accumulator, const Element* a, int lda, const Element* b, int ldb,
+                                  int depth, int rows, int columns) {
+#if CC_ATTENTION_TENSOR_CORES
+    for (int k = 0; k < depth; k += Fragment::STEP) {
+      unsigned a_fragment[2][4];
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        const int row = 16 * row_square(m);
+        if (row >= rows) continue;  // the same for all lanes of the warp
+        Fragment::template load<A_TRANSPOSED>(a_fragment[m], A_TRANSPOSED ? a + k * lda + row : a + row * lda + k,
+                                              lda, lane());
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const int column = 16 * column_square(n);
+        if (column >= columns) continue;
+        unsigned b_fragment[4];
+        Fragment::template load<!B_TRANSPOSED>(
+            b_fragment, B_TRANSPOSED ? b + column * ldb + k : b + k * ldb + column, ldb, lane());
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          if (16 * row_square(m) >= rows) continue;
+          Fragment::multiply_add(&accumulator.value[2 * m][4 * n], &accumulator.value[2 * m + 1][4 * n],
+                                 a_fragment[m], b_fragment);
+        }
+      }
+    }
+#endif
+  }
+};
+
+}  // namespace cc_attention::cuda

@@ -1,0 +1,154 @@
+// What the passes do with tiles, on either engine: products of two segments, sums of a segment's values with
+// weights, and results added to global memory.
+#pragma once
+
+#include "copy.cuh"
+#include "line.cuh"
+
+#ifdef CC_ATTENTION_EMULATED
+#define CC_ATTENTION_SHARED_MEMORY(name) void* name = emulator::shared_memory()
+#else
+#define CC_ATTENTION_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+namespace cc_attention::cuda {
+
+// A block's shared memory: the resident weights (attention or gradient of energies) and two buffers that
+// tiles pass through.
+template <typename Engine>
+struct Shared {
+  using Element = typename Engine::Element;
+  static constexpr int LD = Engine::TILE + Engine::PAD;           // of the weights and of tiles of values
+  static constexpr int PRODUCT_LD = Engine::DEPTH + Engine::PAD;  // of tiles that are multiplied in products()
+  static constexpr int WEIGHTS = Engine::TILE * LD;
+  static constexpr int BUFFER = larger(2 * Engine::TILE * PRODUCT_LD, Engine::GATHER_DEPTH* LD);
+  static constexpr int BYTES = (WEIGHTS + 2 * BUFFER) * static_cast<int>(sizeof(Element));
+  static_assert(BYTES <= Engine::MAX_SHARED, "the tile is too large");
+
+  Element* weights;
+  Element* buffers;
+
+  __device__ explicit Shared(void* memory)
+      : weights(static_cast<Element*>(memory)), buffers(static_cast<Element*>(memory) + WEIGHTS) {}
+};
+
+template <typename Engine>
+__device__ void clear(typename Engine::Accumulator& accumulator) {
+#pragma unroll
+  for (int i = 0; i < Engine::ROWS; ++i) {
+#pragma unroll
+    for (int j = 0; j < Engine::COLUMNS; ++j) accumulator.value[i][j] = 0;
+  }
+}
+
+// result = x · yᵀ: the products of each position of x with each of y, summed over the channels.
+template <typename Engine, typename T>
+__device__ void products(typename Engine::Accumulator& result, const Shared<Engine>& shared,
+                         const Segment<const T>& x, const Segment<const T>& y) {
+  using Element = typename Engine::Element;
+  constexpr int LD = Shared<Engine>::PRODUCT_LD, SECOND = Engine::TILE * LD;
+  clear<Engine>(result);
+  pipeline(
+      ceil_div(x.channels, Engine::DEPTH), shared.buffers, Shared<Engine>::BUFFER,
+      [&](int step, Element* buffer) {
+        const int channel = step * Engine::DEPTH;
+        load_tile<Engine::TILE, Engine::DEPTH, LD, Engine::THREADS>(buffer, x, 0, channel);
+        load_tile<Engine::TILE, Engine::DEPTH, LD, Engine::THREADS>(buffer + SECOND, y, 0, channel);
+      },
+      [&](int step, const Element* buffer) {
+        const int depth = smaller(Engine::DEPTH, x.channels - step * Engine::DEPTH);
+        Engine::template multiply<false, true>(result, buffer, LD, buffer + SECOND, LD, depth, x.positions,
+                                               y.positions);
+      });
+}
+
+// Writes the accumulator's rows from `begin` on, at most COUNT, into a tile.
+template <typename Engine, int COUNT>
+__device__ void put_rows(typename Engine::Element* tile, const typename Engine::Accumulator& accumulator, int begin) {
+  using Element = typename Engine::Element;
+  constexpr int VECTOR = Engine::VECTOR;
+#pragma unroll
+  for (int i = 0; i < Engine::ROWS; ++i) {
+    const int row = Engine::row(i) - begin;
+    if (row < 0 || row >= COUNT) continue;
+#pragma unroll
+    for (int j = 0; j < Engine::COLUMNS; j += VECTOR) {
+      Pack<Element, VECTOR> pack;
+#pragma unroll
+      for (int n = 0; n < VECTOR; ++n) pack.item[n] = Narrow<Element>::from(accumulator.value[i][j + n]);
+      *reinterpret_cast<Pack<Element, VECTOR>*>(tile + row * Shared<Engine>::LD + Engine::column(j)) = pack;
+    }
+  }
+}
+
+// The accumulator becomes the resident weights, which other threads may read after the next barrier.
+template <typename Engine>
+__device__ void keep_weights(const Shared<Engine>& shared, const typename Engine::Accumulator& accumulator) {
+  put_rows<Engine, Engine::TILE>(shared.weights, accumulator, 0);
+}
+
+// Where a sum goes: to = share · to + sum, with one share for each of the thread's rows. With `overwrite` the
+// old contents do not matter, whatever they are.
+template <typename Engine, typename T>
+struct Target {
+  Segment<T> to;
+  bool overwrite;
+  Wide<T> share[Engine::ROWS];
+};
+
+// target ← weights · values, or weightsᵀ · values, for the channels in [channel_begin, channel_end). The begin
+// is a multiple of TILE, the end too unless it is the last channel's.
+//
+// A chunk of TILE channels at a time, the old contents pass through the buffers first, then the values, then
+// the result: all that is read or written in global memory is whole rows of a tile.
+template <typename Engine, bool TRANSPOSED, typename T>
+__device__ void gather(const Shared<Engine>& shared, const Segment<const T>& values, const Target<Engine, T>& target,
+                       int channel_begin, int channel_end) {
+  using Element = typename Engine::Element;
+  constexpr int LD = Shared<Engine>::LD, DEPTH = Engine::GATHER_DEPTH;
+  const Segment<T>& to = target.to;
+  const Segment<const T> old{to.data, to.stride, to.positions, to.channels};
+  const int old_steps = target.overwrite ? 0 : ceil_div(to.positions, DEPTH);
+  const int steps = old_steps + ceil_div(values.positions, DEPTH);  // of a chunk
+  const int chunks = ceil_div(channel_end - channel_begin, Engine::TILE);
+  typename Engine::Accumulator sum;
+  pipeline(
+      chunks * steps, shared.buffers, Shared<Engine>::BUFFER,
+      [&](int step, Element* buffer) {
+        const int channel = channel_begin + step / steps * Engine::TILE, place = step % steps;
+        if (place < old_steps) {
+          load_tile<DEPTH, Engine::TILE, LD, Engine::THREADS>(buffer, old, place * DEPTH, channel);
+        } else {
+          load_tile<DEPTH, Engine::TILE, LD, Engine::THREADS>(buffer, values, (place - old_steps) * DEPTH, channel);
+        }
+      },
+      [&](int step, Element* buffer) {
+        const int channel = channel_begin + step / steps * Engine::TILE, place = step % steps;
+        if (place == 0) clear<Engine>(sum);
+        if (place < old_steps) {
+#pragma unroll
+          for (int i = 0; i < Engine::ROWS; ++i) {
+            const int row = Engine::row(i) - place * DEPTH;
+            if (row < 0 || row >= DEPTH) continue;
+#pragma unroll
+            for (int j = 0; j < Engine::COLUMNS; ++j) {
+              sum.value[i][j] = target.share[i] * widen(buffer[row * LD + Engine::column(j)]);
+            }
+          }
+          return;
+        }
+        const int position = (place - old_steps) * DEPTH;
+        Engine::template multiply<TRANSPOSED, false>(sum, shared.weights + position * (TRANSPOSED ? LD : 1), LD,
+                                                     buffer, LD, smaller(DEPTH, values.positions - position),
+                                                     to.positions, smaller(Engine::TILE, channel_end - channel));
+        if (place + 1 < steps) return;
+        for (int begin = 0; begin < to.positions; begin += DEPTH) {
+          __syncthreads();  // every thread is done with what the buffer held
+          put_rows<Engine, DEPTH>(buffer, sum, begin);
+          __syncthreads();
+          store_tile<DEPTH, Engine::TILE, LD, Engine::THREADS>(to, buffer, begin, channel);
+        }
+      });
+}
+
+}  // namespace cc_attention::cuda
