@@ -1,0 +1,371 @@
+"""The CUDA kernels without a GPU: run on an emulator, and compiled for every architecture they are meant for.
+
+The kernel headers in libs/csrc/cuda hold no call to CUDA or PyTorch, so a C++ compiler can build them on top
+of the operator's emulator, which runs them with one CPU thread for each CUDA thread.
+"""
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from libs import ops
+from libs.functions import activate
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parents[1] / "libs" / "csrc" / "cuda"
+EMULATOR = HERE.parent / "cc_attention"
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+ACTIVATIONS = ["leaky_relu", "elu", "identity"]
+EPS, PARAM = 1e-5, 0.01
+# (B,C,…), whether channels-last, threads of a block, blocks: what the launcher divides among 256 and 1024.
+SMALL = [
+    ((2, 16, 7, 5), True, 64, 3),  # several parts, the last one shorter
+    ((2, 3, 8, 200), False, 32, 12),
+    ((2, 5, 7, 9), True, 32, 1),  # channels that fill no vector
+    ((2, 5, 7, 9), False, 32, 12),
+    ((3, 40, 2, 2), True, 32, 8),
+    ((1, 3, 1, 2), False, 32, 1),
+]
+
+
+def tool(path: str | None, what: str) -> str:
+    """CI has all of the tools; elsewhere a test without its tool is skipped."""
+    if path is None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{what} is missing")
+    return path
+
+
+def compile_emulated(target: Path, *flags: str) -> Path:
+    compiler = tool(shutil.which("g++"), "g++")
+    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
+    command += [*flags, f"-I{KERNELS}", f"-I{EMULATOR}", "-o", str(target), str(HERE / "abn_emulated.cpp")]
+    subprocess.run(command, check=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cuda")
+    return ctypes.CDLL(str(compile_emulated(folder / "abn.so", "-O1", "-fPIC", "-shared")))
+
+
+def call(emulated, case, name, activation, x, given, results):
+    """A step of maps like x; vector loads where the launcher would use them."""
+    shape, channels_last, threads, blocks = case
+    inner = 1 if channels_last else x.numel() // (shape[0] * shape[1])
+    sizes = [x.numel() // (shape[1] * inner), shape[1], inner]
+    whole = 16 // x.element_size()
+    fits = (shape[1] if channels_last else inner) % whole == 0
+    aligned = all(t.data_ptr() % 16 == 0 for t in (*given, *results) if t is not None and t.shape == x.shape)
+    sizes += [whole if fits and aligned else 1, threads, blocks]
+
+    def pointers(tensors):
+        return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
+
+    emulated.abn_step(
+        name.encode(),
+        str(x.dtype).removeprefix("torch.").encode(),
+        activation.encode(),
+        (ctypes.c_int * 6)(*sizes),
+        (ctypes.c_double * 2)(EPS, PARAM),
+        pointers(given),
+        pointers(results),
+    )
+    return results
+
+
+def laid_out(x, channels_last):
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
+
+
+def inputs(case, dtype, activation="identity", affine=True):
+    """x, grad, y and a dict of vectors, in the dtypes that the operators take."""
+    shape, channels_last, *_ = case
+    generator = torch.Generator().manual_seed(sum(shape))
+
+    def drawn(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    # z between -2 and 2: where ELU has gone flat, z cannot be told from y.
+    z = 4 * torch.rand(*shape, generator=generator, dtype=torch.float64) - 2
+    y = activate(z, activation, PARAM)
+    maps = [laid_out(t.to(dtype), channels_last) for t in (3 * drawn(*shape) + 1, drawn(*shape), y)]
+    names = ("mean", "var", "weight", "bias", "mean_dz", "mean_dz_xhat")
+    vectors = {n: drawn(shape[1]).to(torch.promote_types(dtype, torch.float32)) for n in names}
+    vectors["var"].abs_()
+    if not affine:
+        vectors |= {"weight": None, "bias": None}
+    return *maps, vectors
+
+
+def check(got, theirs, exact, terms=None):
+    """No more than twice the error of PyTorch in the same dtype, and some roundings of what is computed with.
+
+    Args:
+        terms: where values of both signs are summed, how large these are.
+    """
+    error, allowed = (got.double() - exact).abs().max(), 2 * (theirs.double() - exact).abs().max()
+    wide = torch.promote_types(got.dtype, torch.float32)
+    assert error <= allowed + 16 * torch.finfo(wide).eps * (exact if terms is None else terms).abs().max()
+
+
+def empty_vectors(x):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return [torch.full((x.shape[1],), torch.nan, dtype=wide) for _ in range(2)]
+
+
+def double(*tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+def check_all_steps(emulated, case, dtype, activation, affine):
+    x, grad, y, v = inputs(case, dtype, activation, affine)
+    settings = (EPS, activation, PARAM)
+
+    got = call(emulated, case, "statistics", activation, x, [x], empty_vectors(x))
+    theirs, exact = ops.statistics(x), ops.statistics(x.double())
+    for ours, other, want, terms in zip(got, theirs, exact, (x.double().abs(), None), strict=True):
+        check(ours, other, want, terms)
+
+    given = [v["mean"], v["var"], v["weight"], v["bias"]]
+    out, theirs, exact = x.clone(), x.clone(), x.double()
+    call(emulated, case, "normalize_", activation, x, given, [out])
+    ops.normalize_(theirs, *given, *settings)
+    ops.normalize_(exact, *double(*given), *settings)
+    check(out, theirs, exact)
+
+    given = [grad, y, v["weight"], v["bias"]]
+    got = call(emulated, case, "sums", activation, x, given, empty_vectors(x))
+    theirs, exact = ops.sums(*given, *settings), ops.sums(*double(*given), *settings)
+    terms = ops.sums(*double(grad.abs(), y), None, None, *settings)[0]
+    for ours, other, want in zip(got, theirs, exact, strict=True):
+        check(ours, other, want, terms)
+
+    given = [grad, y, v["var"], v["weight"], v["bias"], v["mean_dz"], v["mean_dz_xhat"]]
+    (dx,) = call(emulated, case, "gradient", activation, x, given, [torch.full_like(y, torch.nan)])
+    check(dx, ops.gradient(*given, *settings), ops.gradient(*double(*given), *settings))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", SMALL)
+def test_equals_the_formula(emulated, case, dtype, activation):
+    check_all_steps(emulated, case, dtype, activation, affine=case[0][1] % 2 == 0)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_whole_blocks_of_the_launcher(emulated, activation):
+    check_all_steps(emulated, ((1, 40, 5, 13), True, 256, 1024), torch.bfloat16, activation, affine=True)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_with_parameters_and_without(emulated, channels_last, affine):
+    check_all_steps(emulated, ((2, 8, 3, 4), channels_last, 32, 4), torch.float32, "leaky_relu", affine)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 1, 1), (1, 1, 6, 7), (2, 300, 1), (5, 4)])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_single_pixels_channels_and_many_of_them(emulated, shape, channels_last):
+    check_all_steps(emulated, (shape, channels_last, 32, 2), torch.float16, "elu", affine=True)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_memory_that_begins_anywhere(emulated, channels_last):
+    """Views may begin at an address that is no multiple of 16 bytes."""
+    case = ((2, 8, 4, 4), channels_last, 32, 4)
+    x, grad, y, v = inputs(case, torch.bfloat16)
+    shifted = []
+    for t in (grad, y):
+        memory = t.new_zeros(t.numel() + 1)
+        shifted.append(memory[1:].as_strided(t.shape, t.stride()))
+        shifted[-1].copy_(t)
+    vectors = [v[n] for n in ("var", "weight", "bias", "mean_dz", "mean_dz_xhat")]
+    (expected,) = call(emulated, case, "gradient", "identity", x, [grad, y, *vectors], [torch.empty_like(y)])
+    (got,) = call(emulated, case, "gradient", "identity", x, [*shifted, *vectors], [torch.empty_like(y)])
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(("outlier", "bound"), [(None, 4e-6), (0.0, 1.5e-5), (1e6, 1.5e-5)])
+def test_variance_where_the_mean_is_large(emulated, channels_last, outlier, bound):
+    """A thousand standard deviations; also where threads begin with values far off, as zeros of a border are.
+
+    A thread sums up to 128 values, and loses no more than as many roundings.
+    """
+    case = ((2, 4, 32, 64), channels_last, 32, 1)
+    x = torch.randn(case[0], generator=torch.Generator().manual_seed(0)) + 1000
+    if outlier is not None:
+        x[0, :, 0, :32] = outlier
+    x = laid_out(x, channels_last)
+    got = call(emulated, case, "statistics", "identity", x, [x], empty_vectors(x))
+    exact = ops.statistics(x.double())
+    for ours, want in zip(got, exact, strict=True):
+        assert ((ours.double() - want) / want).abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_that_elu_has_made_flat(emulated, dtype):
+    """There z is not known, but finite: the gradient is what PyTorch's function makes of it."""
+    case = ((1, 8, 2, 4), True, 32, 1)
+    x, grad, y, v = inputs(case, dtype, "elu")
+    y[:, :, 0] = -PARAM
+    settings = (EPS, "elu", PARAM)
+    given = [grad, y, v["var"], v["weight"], v["bias"], v["mean_dz"], v["mean_dz_xhat"]]
+    (dx,) = call(emulated, case, "gradient", "elu", x, given, [torch.empty_like(y)])
+    assert dx.isfinite().all()
+    torch.testing.assert_close(dx, ops.gradient(*given, *settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_of_half_types(emulated, dtype):
+    """Ties go to even, and a NaN of all ones does not overflow into a number."""
+    case = ((1, 2, 8, 8), False, 32, 1)
+    ulp = torch.finfo(dtype).eps  # of what is between 1 and 2
+    x = (1 + ulp * torch.arange(128).view(1, 2, 8, 8) % 1).to(dtype)
+    var = torch.full((2,), 1 - EPS)
+    mean = torch.tensor([-ulp / 2, torch.nan])
+    mean.view(torch.int32)[1] = 0x7FFFFFFF
+    assert (var + torch.tensor(EPS)).equal(torch.ones(2))  # a factor of exactly 1
+    (out,) = call(emulated, case, "normalize_", "identity", x, [mean, var, None, None], [x.clone()])
+    assert torch.equal(out[:, 0], (x[:, 0].float() + ulp / 2).to(dtype))
+    assert out[:, 1].isnan().all()
+
+
+def test_not_a_number_stays_one(emulated):
+    case = ((1, 8, 2, 4), False, 32, 1)
+    x, *_, v = inputs(case, torch.bfloat16)
+    x[0, 3, 1, 1] = torch.nan
+    given = [v["mean"], v["var"], v["weight"], v["bias"]]
+    (out,) = call(emulated, case, "normalize_", "elu", x, given, [x.clone()])
+    assert torch.equal(out.isnan(), x.isnan())
+    mean, var = call(emulated, case, "statistics", "elu", x, [x], empty_vectors(x))
+    expected = torch.arange(8) == 3
+    assert torch.equal(mean.isnan(), expected) and torch.equal(var.isnan(), expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "vector", "expected"),
+    [  # threads side by side and below each other; lines of a part, parts, groups of channels or planes
+        ((8 * 97 * 97, 512, 1), 8, (32, 8, 152, 496, 2)),
+        ((8 * 385 * 385, 64, 1), 8, (8, 32, 1184, 1002, 1)),
+        ((8 * 97 * 97, 2048, 1), 4, (32, 8, 1184, 64, 16)),
+        ((8, 512, 97 * 97), 1, (1, 256, 9472, 1, 4096)),
+        ((8, 64, 385 * 385), 1, (1, 256, 74240, 2, 512)),
+        ((8, 512, 36), 4, (1, 32, 32, 1, 4096)),
+        ((1, 512, 1), 8, (32, 8, 8, 1, 2)),
+    ],
+)
+def test_division_of_work(emulated, sizes, vector, expected):
+    result = (ctypes.c_longlong * 5)()
+    emulated.abn_division((ctypes.c_longlong * 3)(*sizes), vector, result)
+    assert tuple(result) == expected
+
+
+@pytest.mark.parametrize("sanitizer", ["address,alignment", "thread"])
+def test_sanitizers_find_nothing(tmp_path, sanitizer):
+    """Accesses out of bounds or not aligned; missing barriers, which are data races here."""
+    flags = ["-O0", "-g1", "-DSTANDALONE", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    program = compile_emulated(tmp_path / "emulated", *flags)
+    for arguments in [
+        "bfloat16 leaky_relu  70 24 1  8 64 2",
+        "float32 elu  2 3 35  1 32 2",
+    ]:
+        command = [str(program), *arguments.split()]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if "unexpected memory mapping" in done.stderr:  # older sanitizers on kernels that place memory freely
+            done = subprocess.run(["setarch", "-R", *command], capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+# Kernels of every type, for a compiler that is given nothing but the headers.
+SOURCE = """
+#include "affine.cuh"
+#include "statistics.cuh"
+namespace libs::cuda {
+"""
+INSTANCE = """
+template __global__ void statistics_kernel<{T}, {V}>(Division, const {T}*, {W}*);
+template __global__ void normalize_kernel<{A}, {T}, {V}>(Division, Maps<{T}>, Channels<{W}>, Parameter<{W}>);
+template __global__ void sums_kernel<{A}, {T}, {V}>(Division, Maps<{T}>, Channels<{W}>, Parameter<{W}>, {W}*);
+template __global__ void gradient_kernel<{A}, {T}, {V}>(Division, Maps<{T}>, Channels<{W}>, Parameter<{W}>);
+"""
+JOIN = """
+template __global__ void join_statistics_kernel<{W}>(Division, const {W}*, {W}*, {W}*);
+template __global__ void join_sums_kernel<{W}>(Division, const {W}*, Channels<{W}>, {W}*, {W}*);
+"""
+for kind, wide, elements, phi in [
+    ("double", "double", 2, "ELU"),
+    ("float", "float", 4, "ELU"),
+    ("Half", "float", 8, "LEAKY_RELU"),
+    ("BFloat16", "float", 8, "IDENTITY"),
+]:
+    SOURCE += INSTANCE.format(T=kind, W=wide, V=elements, A=f"Activation::{phi}")
+SOURCE += JOIN.format(W="float") + JOIN.format(W="double") + "}\n"
+
+# In a process of its own, for NVRTC changes the locale: folder, architecture, source → size of the binary.
+NVRTC = """
+import ctypes, sys
+library, program, size = ctypes.CDLL(sys.argv[1]), ctypes.c_void_p(), ctypes.c_size_t()
+options = [x.encode() for x in ("-std=c++17", f"-I{sys.argv[2]}", f"-arch={sys.argv[3]}")]
+source = sys.stdin.read().encode()
+assert library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None) == 0
+status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+log = ctypes.create_string_buffer(size.value)
+library.nvrtcGetProgramLog(program, log)
+if status or log.value:
+    sys.exit(log.value.decode())
+library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+binary = ctypes.create_string_buffer(size.value)
+library.nvrtcGetCUBIN(program, binary)
+sys.stdout.buffer.write(binary.raw)
+"""
+
+
+def compile_with_nvrtc(text: str, architecture: str) -> subprocess.CompletedProcess:
+    """By the compiler of the wheel nvidia-cuda-nvrtc-cu12, the last one that knows sm_50 being of CUDA 12."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(x) / "cuda_nvrtc" / "lib" for x in spec.submodule_search_locations or ()] if spec else []
+    found = next((str(x / "libnvrtc.so.12") for x in folders if (x / "libnvrtc.so.12").is_file()), None)
+    library = tool(found, "NVRTC of the wheel nvidia-cuda-nvrtc-cu12==12.4.127")
+    command = [sys.executable, "-c", NVRTC, library, str(KERNELS), architecture]
+    return subprocess.run(command, input=text.encode(), capture_output=True)
+
+
+@pytest.mark.parametrize("architecture", ["sm_50", "sm_52", "sm_61"])
+def test_nvrtc_compiles_for_old_architectures(architecture):
+    done = compile_with_nvrtc(SOURCE, architecture)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.startswith(b"\x7fELF")
+    assert done.stdout.count(b".text._ZN4libs4cuda11sums_kernel") >= 4
+
+
+def test_nvrtc_reports_what_an_old_architecture_lacks():
+    """The check itself: atomicAdd on doubles came with sm_60."""
+    kernel = '#include "affine.cuh"\n__global__ void add(double* x) { atomicAdd(x, 1.0); }'
+    assert b"atomicAdd" in compile_with_nvrtc(kernel, "sm_52").stderr
+    assert compile_with_nvrtc(kernel, "sm_61").returncode == 0
+
+
+def test_nvcc_compiles_the_operators_for_its_lowest_architecture(tmp_path):
+    """The launcher, too, against PyTorch's stable ABI of 2.11."""
+    nvcc = tool(shutil.which("nvcc"), "nvcc")
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
+    lowest = min(int(x) for x in re.findall(r"compute_(\d+)\b", listed))
+    include = Path(torch.__file__).parent / "include"
+    command = [nvcc, "-std=c++17", "-c", str(KERNELS / "abn.cu"), "-o", str(tmp_path / "abn.o")]
+    command += ["-Xcompiler", "-fPIC", "-Xptxas", "-O0", "-DUSE_CUDA"]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    command += [f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
+    command += [f"-gencode=arch=compute_{lowest},code=sm_{lowest}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
