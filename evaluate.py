@@ -6,7 +6,6 @@ a plain state dict is taken for the published network, ResNet-101 with R=2.
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,13 @@ from utils.arguments import (
     scales,
     size,
 )
-from utils.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, load_weights, model_state
-from utils.distributed import DeviceError, choose_device
-from utils.inference import Predict, multi_scale, sliding, whole
+from utils.checkpoint import CheckpointError, load_checkpoint, load_weights, model_state
+from utils.distributed import DeviceError, choose_devices
+from utils.evaluation import Save, evaluate
+from utils.inference import multi_scale, sliding, whole
 from utils.logger import side_by_side
 from utils.metrics import ConfusionMatrix
+from utils.snapshots import find_checkpoint
 
 # What a checkpoint without settings of its own is taken for.
 PUBLISHED = {"model": "ccnet", "backbone": "resnet101", "recurrence": 2, "input_size": (769, 769)}
@@ -90,7 +91,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = choose_device(args.gpu)
+    device, *others = choose_devices(args.gpu)
+    if others:
+        raise DeviceError(f"--gpu {args.gpu}: evaluation takes one GPU")
     source = find_source(args.data_dir, args.dataset, args.num_classes, args.ignore_label)
     pairs = pairs_of(source, args.data_dir, args.split, args.data_list)
     if any(pair.label is None for pair in pairs) and not args.save:
@@ -107,7 +110,8 @@ def main(args: argparse.Namespace) -> None:
         pin_memory=device.type == "cuda",
     )
     save = saver(args.output_dir, source.table) if args.save else None
-    evaluate(multi_scale(predict, args.scales, args.flip), samples, len(pairs), matrix, device, save)
+    predict = multi_scale(predict, args.scales, args.flip)
+    evaluate(predict, tqdm(samples, total=len(pairs), unit="image", mininterval=1), matrix, device, save)
 
     if args.save:
         print(f"predictions are in {args.output_dir}/ (colour, ids, panels)")
@@ -169,26 +173,7 @@ def load_model(args: argparse.Namespace, num_classes: int) -> tuple[Path, nn.Mod
     return path, fold_norms(model), settings | {"step": step if isinstance(step, int) else None}
 
 
-@torch.inference_mode()
-def evaluate(
-    predict: Predict,
-    samples: Any,
-    num_samples: int,
-    matrix: ConfusionMatrix,
-    device: torch.device,
-    save: Callable[[str, Tensor, Tensor | None, Tensor], None] | None,
-) -> None:
-    """Predict every sample (image, label or None, name), count it in the matrix and hand it to ``save``."""
-    for image, label, name in tqdm(samples, total=num_samples, unit="image", mininterval=1):
-        logits = predict(image.to(device, non_blocking=True).unsqueeze(0))
-        prediction = logits.argmax(dim=1)[0].to(torch.uint8)
-        if label is not None:
-            matrix.update(prediction, label.to(device, non_blocking=True))
-        if save:
-            save(name, image, label, prediction.cpu())
-
-
-def saver(directory: Path, table: LabelTable) -> Callable[[str, Tensor, Tensor | None, Tensor], None]:
+def saver(directory: Path, table: LabelTable) -> Save:
     """A function that writes a prediction as colours, as original label ids, and beside image and label."""
     for folder in ("colour", "ids", "panels"):
         (directory / folder).mkdir(exist_ok=True)

@@ -1,10 +1,12 @@
 """Samples in an order that depends on the seed alone: not on the workers, the processes or a restart.
 
 A training run sees positions 0, 1, 2 … of an endless order: each epoch is a permutation of the data set
-drawn from (seed, epoch), and the augmentation of a sample is drawn from (seed, position). Whoever knows
-the step knows everything; there is no state to save.
+drawn from (seed, epoch), and the augmentation and the dropout of a sample are drawn from (seed, position).
+Whoever knows the step knows everything; there is no state to save.
 """
 
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,12 +38,21 @@ class TrainDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Image (3,h,w) float32 and label (h,w) uint8 train ids."""
-        epoch, index = divmod(position, len(self.pairs))
-        order = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.pairs))
-        image, label = read_sample(self.pairs[order[index]], self.table, self.transform.ignore_label)
+        image, label = read_sample(self.pair(position), self.table, self.transform.ignore_label)
         assert label is not None
         image, label = self.transform(image, label, np.random.default_rng([self.seed, position, 1]))
         return torch.from_numpy(image), torch.from_numpy(label)
+
+    def pair(self, position: int) -> Pair:
+        """The sample at a position of the order."""
+        epoch, index = divmod(position, len(self.pairs))
+        order = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.pairs))
+        return self.pairs[order[index]]
+
+    def keys(self, positions: list[int]) -> torch.Tensor:
+        """What the dropout of the samples at these positions is drawn from: (B,) int64 in 0 … 2³²-1."""
+        draws = [np.random.default_rng([self.seed, position, 2]).integers(2**32) for position in positions]
+        return torch.tensor(draws, dtype=torch.int64)
 
 
 class EvaluationDataset(Dataset[tuple[torch.Tensor, torch.Tensor | None, str]]):
@@ -71,9 +82,10 @@ class StepSampler:
     """The positions of each step's batch, for one of several processes.
 
     Args:
-        batch_size: samples of a step over all processes; a multiple of ``world_size``.
+        batch_size: samples of a step over all processes; a multiple of ``world_size * accumulate``.
         first_step, last_step: the steps to be done are first_step … last_step - 1.
-        rank, world_size: this process takes the rank-th part of every batch.
+        rank, world_size: this process takes the rank-th share of every batch.
+        accumulate: batches are cut into so many parts, one after another, and each part is shared.
     """
 
     batch_size: int
@@ -81,12 +93,15 @@ class StepSampler:
     last_step: int
     rank: int = 0
     world_size: int = 1
+    accumulate: int = 1
+
+    def positions(self, step: int) -> list[int]:
+        """This process's share of a step."""
+        parts = np.arange(self.batch_size).reshape(self.accumulate, self.world_size, -1)
+        return (step * self.batch_size + parts[:, self.rank].flatten()).tolist()
 
     def __iter__(self) -> Iterator[list[int]]:
-        share = self.batch_size // self.world_size
-        for step in range(self.first_step, self.last_step):
-            start = step * self.batch_size + self.rank * share
-            yield list(range(start, start + share))
+        return map(self.positions, range(self.first_step, self.last_step))
 
     def __len__(self) -> int:
         return self.last_step - self.first_step
@@ -112,6 +127,7 @@ def load(
         pin_memory=pin_memory,
         # A generator of its own: starting workers draws a number, and the run's generator must not notice.
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_leave_signals_to_the_run,
     )
     try:
         yield from loader
@@ -124,3 +140,13 @@ def load(
         raise DataError(
             str(error).strip().splitlines()[-1].removeprefix("dataset.labels.DataError: ")
         ) from None
+
+
+def _leave_signals_to_the_run(_: int) -> None:
+    """A signal to all processes of a run is the main one's to answer.
+
+    Ctrl-C passes a worker by. SIGTERM ends it, as when the main process ends, but not as a failure, which
+    would be raised in the midst of whatever the main process does.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

@@ -1,5 +1,7 @@
 """ABN and its two siblings: one set of state-dict entries, one set of numbers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -200,3 +202,24 @@ class InPlaceABNSync(InPlaceABN):
         replica.running_mean = self.running_mean.detach()  # same memory, another object: the stand-in
         replica._replica = join(id(self), replica.running_mean)
         return replica
+
+
+@contextmanager
+def keep_statistics(module: nn.Module) -> Iterator[None]:
+    """Within it, layers in training do not update running statistics: for a batch that they saw already."""
+    layers = [(layer, layer.momentum) for layer in module.modules() if isinstance(layer, ABN)]
+    try:
+        for layer, _ in layers:
+            layer.momentum = 0.0
+        yield
+    finally:
+        for layer, momentum in layers:
+            layer.momentum = momentum
+
+
+def abort(network: nn.Module, error: BaseException) -> None:
+    """``InPlaceABNSync.abort`` of whatever such layer a replica has."""
+    for layer in network.modules():
+        if isinstance(layer, InPlaceABNSync):
+            layer.abort(error)
+            return

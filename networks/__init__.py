@@ -37,6 +37,7 @@ def build_model(
     backbone: str = "resnet101",
     recurrence: int = 2,
     norm: str = "inplace_abn",
+    checkpoint_activations: bool = False,
 ) -> nn.Module:
     """A network with PyTorch's default initialisation (gamma 0), as the reference has it.
 
@@ -46,6 +47,7 @@ def build_model(
         backbone: one of ``BACKBONES``.
         recurrence: rounds R of criss-cross attention, at least 0.
         norm: a key of ``NORMS``.
+        checkpoint_activations: hold less and compute more in training; not for ``torch.compile``.
 
     Returns:
         A module that maps images (B,3,H,W) to a dict with logits "out" at 1/8 and, in training, "aux".
@@ -69,4 +71,5 @@ def build_model(
         recurrence=recurrence,
         backbone_norm=partial(layer, activation="identity"),
         head_norm=partial(layer, activation="leaky_relu", activation_param=0.01),
+        checkpoint_activations=checkpoint_activations,
     )

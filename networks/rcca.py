@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from cc_attention import CrissCrossAttention
+from networks.dropout import SampleDropout2d
 from networks.resnet import Norm, conv3x3
 
 
@@ -29,14 +30,16 @@ class RCCAHead(nn.Module):
         self.bottleneck = nn.Sequential(
             conv3x3(in_channels + channels, channels),
             norm(channels),
-            nn.Dropout2d(0.1),
+            SampleDropout2d(0.1, stream=0),
             nn.Conv2d(channels, num_classes, 1),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Features (B,in_channels,h,w) → logits (B,num_classes,h,w)."""
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Features (B,in_channels,h,w), keys of the samples' dropout (B,) → logits (B,num_classes,h,w)."""
         context = self.conva(x)
         for _ in range(self.recurrence):
             context = self.cca(context)
         context = self.convb(context)
-        return self.bottleneck(torch.cat([x, context], dim=1))
+        conv, norm, dropout, classify = self.bottleneck
+        x = norm(conv(torch.cat([x, context], dim=1)))
+        return classify(dropout(x, keys))

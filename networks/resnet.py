@@ -1,11 +1,13 @@
 """The dilated ResNet with a deep stem (He et al., CVPR 2016; MIT scene parsing), output stride 8."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from networks.recomputation import computed_again, segment
 
 Norm = Callable[[int], nn.Module]  # number of channels → normalisation layer
 
@@ -15,24 +17,6 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1, dilation: int 
     return nn.Conv2d(
         in_channels, out_channels, 3, stride=stride, padding=dilation, dilation=dilation, bias=False
     )
-
-
-@contextmanager
-def computed_again(tensor: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
-    """Layers called within do not hold ``tensor`` for their backward pass: ``compute`` makes it again."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler decides that by itself
-        yield
-        return
-    address, shape = tensor.data_ptr(), tensor.shape
-
-    def pack(saved: Tensor) -> Tensor | None:
-        return None if saved.data_ptr() == address and saved.shape == shape else saved
-
-    def unpack(packed: Tensor | None) -> Tensor:
-        return compute() if packed is None else packed
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
 
 
 def conv_of_relu(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -73,15 +57,22 @@ def two_blocks(first: Block, second: Block, x: Tensor) -> Tensor:
 
 
 class Stage(nn.Sequential):
-    """Blocks one after another."""
+    """Blocks one after another; with ``checkpoint_activations`` only every other one's input is held."""
+
+    checkpoint_activations = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,in_channels,h,w) → (B,out_channels,h/stride,w/stride)."""
         first, *others = self
-        x = first(x)
+        x = self._run(first, x)
         for index in range(0, len(others) - 1, 2):
-            x = two_blocks(others[index], others[index + 1], x)
-        return others[-1](x) if len(others) % 2 else x
+            x = self._run(partial(two_blocks, others[index], others[index + 1]), x)
+        return self._run(others[-1], x) if len(others) % 2 else x
+
+    def _run(self, blocks: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+            return segment(self, blocks, x)
+        return blocks(x)
 
 
 class BasicBlock(Block):
@@ -153,12 +144,13 @@ class DilatedResNet(nn.Module):
     Args:
         architecture: a key of ``ARCHITECTURES``.
         norm: makes the normalisation layers; their activation is the identity, a ReLU follows.
+        checkpoint_activations: compute activations twice instead of holding them.
 
     Attributes:
         channels: of ``layer3`` and ``layer4``.
     """
 
-    def __init__(self, architecture: str, norm: Norm) -> None:
+    def __init__(self, architecture: str, norm: Norm, checkpoint_activations: bool = False) -> None:
         super().__init__()
         block, (blocks1, blocks2, blocks3, blocks4) = ARCHITECTURES[architecture]
         self.conv1, self.bn1 = conv3x3(3, 64, stride=2), norm(64)
@@ -171,6 +163,8 @@ class DilatedResNet(nn.Module):
         self.layer3 = _stage(block, 128 * block.expansion, 256, blocks3, norm, dilation=2)
         self.layer4 = _stage(block, 256 * block.expansion, 512, blocks4, norm, dilation=4)
         self.channels = (256 * block.expansion, 512 * block.expansion)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            stage.checkpoint_activations = checkpoint_activations
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B,3,H,W) → outputs of layer3 and layer4, each (B, channels, ~H/8, ~W/8)."""

@@ -3,9 +3,12 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from utils.distributed import leave, world_size
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -101,21 +104,102 @@ def check_data_arguments(parser: argparse.ArgumentParser, args: argparse.Namespa
         parser.error("--dataset list needs --data-list and --num-classes")
 
 
+def add_training_arguments(parser: argparse.ArgumentParser, precisions: Sequence[str]) -> None:
+    """The flags of a training run that hold for any network: loss, schedule, speed, what it leaves."""
+    rate, share = number(float, 0, exclusive=True), number(float, 0, 1)
+
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--ohem", **SWITCH, default=True, help="learn from hard pixels only")
+    loss.add_argument("--ohem-thres", type=share, default=0.7, help="probability up to which one is hard")
+    loss.add_argument("--ohem-keep", type=count, default=100000, help="pixels kept at least, of two images")
+
+    recipe = parser.add_argument_group("schedule")
+    recipe.add_argument("--batch-size", type=positive_int, default=8, help="images a step, over all GPUs")
+    recipe.add_argument("--num-steps", type=positive_int, default=60000, help="length of the run")
+    recipe.add_argument("--start-iters", type=count, default=0, help="step to start at, for the schedule")
+    recipe.add_argument("--learning-rate", type=rate, default=1e-2, help="at step 0; falls polynomially to 0")
+    recipe.add_argument("--power", type=number(float, 0), default=0.9, help="of the polynomial")
+    recipe.add_argument("--momentum", type=share, default=0.9, help="of SGD")
+    recipe.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of SGD")
+    recipe.add_argument(
+        "--freeze-bn",
+        "--ft",
+        **SWITCH,
+        default=False,
+        help="fine-tune: statistics, weights and biases of the normalisation stay as they are",
+    )
+    recipe.add_argument(
+        "--random-seed",
+        type=number(int, 0, 2**32 - 1),
+        default=12345,
+        help="of weights, order, crops, dropout",
+    )
+
+    speed = parser.add_argument_group("devices and speed")
+    speed.add_argument(
+        "--gpu", default="auto", help="auto, cpu, a GPU's number, or several: 0,1,2,3; or use torchrun"
+    )
+    speed.add_argument("--amp", choices=precisions, default="off", help="compute in a half type")
+    speed.add_argument("--compile", **SWITCH, default=False, help="compile the network (torch.compile)")
+    speed.add_argument(
+        "--accumulate", type=positive_int, default=1, metavar="N", help="compute a step's batch in N parts"
+    )
+    speed.add_argument(
+        "--checkpoint-activations", **SWITCH, default=False, help="less memory, a third more time"
+    )
+    speed.add_argument(
+        "--deterministic", **SWITCH, default=False, help="GPU kernels that give the same bits again, slower"
+    )
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--snapshot-dir", type=Path, default="snapshots", help="for checkpoints and logs")
+    run.add_argument("--save-pred-every", type=positive_int, default=5000, help="steps between checkpoints")
+    run.add_argument(
+        "--keep-last", type=count, default=0, metavar="K", help="keep the newest K checkpoints; 0: all"
+    )
+    run.add_argument(
+        "--val-every",
+        type=count,
+        default=0,
+        metavar="N",
+        help="steps between evaluations, of which the best checkpoint is kept; 0: none",
+    )
+    run.add_argument("--val-split", default="val", help="what is evaluated there, without --val-list")
+    run.add_argument("--val-list", type=Path, help="list file of what is evaluated there")
+    run.add_argument("--save-num-images", type=count, default=2, help="images a time in TensorBoard")
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="CHECKPOINT",
+        help="continue the run in --snapshot-dir exactly, from its newest checkpoint or the one given",
+    )
+
+
 def exit_on(
     main: Callable[[], None],
     usage: tuple[type[Exception], ...],
     data: tuple[type[Exception], ...],
 ) -> None:
     """Run a script; its users' mistakes end it with one line and status 2 (usage) or 1 (data)."""
-    program = sys.argv[0].rsplit("/", 1)[-1]
+    program, rank = sys.argv[0].rsplit("/", 1)[-1], os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f"process {rank}: "
+    status = 0
     try:
         main()
-    except usage as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except data as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except (*usage, *data) as error:
+        if str(error):  # otherwise another process tells
+            print(f"{program}: error: {where}{error}", file=sys.stderr)
+        status = 2 if isinstance(error, usage) else 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 0
+    except Exception:
+        if world_size() == 1:
+            raise
+        traceback.print_exc()
+        status = 1
+    if status or world_size() > 1:
+        leave(status)

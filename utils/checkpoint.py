@@ -2,8 +2,6 @@
 
 import os
 import random
-import re
-import shutil
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -19,56 +17,39 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used or written: one line that names the file and the reason."""
 
 
-def save_checkpoint(contents: dict[str, Any], directory: Path, prefix: str, step: int) -> Path:
-    """Write ``<prefix>_<step>.pth``: to a temporary file first, so that a failure leaves nothing half-done.
+def save_checkpoint(contents: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint under a temporary name, read it back, then give it its name.
+
+    So whatever has a checkpoint's name is whole, and nothing is left of one that failed.
 
     Raises:
-        CheckpointError: no room, no permission …; files that were there before are untouched.
+        CheckpointError: no room, no permission …; what was at ``path`` before is untouched.
     """
-    path = directory / f"{prefix}_{step}.pth"
     temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:
             torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
+        reason = _fault_of(temporary, contents.get("step"))
+        if not reason:
+            temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror
+    except RuntimeError:  # torch's word for a failed write
+        reason = "write failed, is the disk full?"
+    finally:
         temporary.unlink(missing_ok=True)
-        if not isinstance(error, (OSError, RuntimeError)):  # torch reports a failed write as RuntimeError
-            raise
-        reason = error.strerror if isinstance(error, OSError) else "write failed, is the disk full?"
-        raise CheckpointError(
-            f"{path}: cannot save the checkpoint ({reason}); earlier ones are kept"
-        ) from None
-    return path
+    if reason:
+        raise CheckpointError(f"{path}: cannot save the checkpoint ({reason}); earlier ones are kept")
 
 
-def newest_checkpoint(directory: Path, prefix: str = "") -> Path | None:
-    """The checkpoint of the highest step in a folder."""
-    named = re.compile((re.escape(prefix) or ".*") + r"_\d+\.pth")
-    return max(
-        (path for path in directory.glob("*.pth") if named.fullmatch(path.name)), key=step_of, default=None
-    )
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.stem.rsplit("_", 1)[1])
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The file itself, or the newest checkpoint of a folder.
-
-    Raises:
-        CheckpointError: the folder has none.
-    """
-    if not path.is_dir():
-        return path
-    newest = newest_checkpoint(path)
-    if newest is None:
-        raise CheckpointError(f"{path}: no checkpoint <name>_<step>.pth in this folder")
-    return newest
+def _fault_of(path: Path, step: object) -> str | None:
+    """What is wrong with a checkpoint just written."""
+    try:
+        return None if load_checkpoint(path).get("step") == step else "what was written is of another step"
+    except CheckpointError:
+        return "what was written cannot be read back"
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -146,35 +127,6 @@ def load_weights(
     model.load_state_dict(state, strict=False)
 
 
-def check_room(directory: Path, checkpoint_bytes: int, count: int) -> None:
-    """Make the folder and see that it is writable and has room for ``count`` checkpoints to come.
-
-    Raises:
-        CheckpointError: before hours of training are spent on something that cannot be saved.
-    """
-    if count == 0:
-        return
-    probe = directory / ".room.tmp"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with probe.open("wb") as file:
-            # Really claims one checkpoint's room: quotas and limits on the file size count as well.
-            os.posix_fallocate(file.fileno(), 0, checkpoint_bytes)
-    except OSError as error:
-        raise CheckpointError(
-            f"{directory}: cannot write a checkpoint of {_megabytes(checkpoint_bytes)} ({error.strerror})"
-        ) from None
-    finally:
-        if probe.parent.is_dir():
-            probe.unlink(missing_ok=True)
-    free = shutil.disk_usage(directory).free
-    if free < count * checkpoint_bytes:
-        raise CheckpointError(
-            f"{directory}: {_megabytes(free)} free, but {count} checkpoints of "
-            f"{_megabytes(checkpoint_bytes)} are to come; make room or raise --save-pred-every"
-        )
-
-
 def random_state(device: torch.device) -> dict[str, Any]:
     """The states of all random generators that this process uses, as plain values and tensors."""
     name, keys, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))  # noqa: NPY002
@@ -199,7 +151,3 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 def _shorten(names: list[str], shown: int = 3) -> str:
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -19,18 +20,30 @@ class Logger:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "log.jsonl"
         kept = [line for line in _lines(path) if _step_of(line) <= step] if step else []
+        self._held = {(_step_of(line), name) for line in kept for name in json.loads(line)}
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of ``log.jsonl`` and one point of each TensorBoard curve."""
+    def scalars(self, step: int, values: dict[str, Any], group: str = "train") -> None:
+        """One line of ``log.jsonl`` and one point of each TensorBoard curve ``<group>/<name>``.
+
+        A value may be a dict of values; a None is in the file only.
+        """
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._events.add_scalar(f"train/{name}", value, step)
+            several = value.items() if isinstance(value, dict) else [(None, value)]
+            for part, number in several:
+                if number is not None:
+                    path = f"{group}/{name}" if part is None else f"{group}/{name}/{part}"
+                    self._events.add_scalar(path, number, step)
+
+    def holds(self, step: int, name: str) -> bool:
+        """Whether a line of the run that this one continues has that value at that step."""
+        return (step, name) in self._held
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """A picture (H,W,3) uint8 RGB in TensorBoard."""

@@ -40,7 +40,7 @@ def one_line(result, script, status):
         (("--num-classes", "300"), "--num-classes: expected a whole number at least 1 and at most 255"),
         (("--dataset", "pascal"), "--dataset: invalid choice: 'pascal'"),
         (("--dataset", "list"), "--dataset list needs --data-list and --num-classes"),
-        (("--gpu", "7"), "--gpu 7: no such GPU, 0 visible"),
+        (("--gpu", "7"), "--gpu 7: there is no GPU 7, 0 visible"),
         (("--colour", "blue"), "unrecognized arguments: --colour blue"),
     ],
 )

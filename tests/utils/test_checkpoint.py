@@ -10,18 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from utils import checkpoint as module
 from utils.checkpoint import (
     CheckpointError,
-    check_room,
     load_checkpoint,
     load_weights,
     model_state,
-    newest_checkpoint,
     random_state,
     save_checkpoint,
     set_random_state,
 )
+from utils.snapshots import check_room
 
 
 def network():
@@ -34,27 +32,19 @@ def test_round_trip(tmp_path):
         "step": 7,
         "settings": {"lr": 0.1, "size": (3, 4), "x": None},
     }
-    path = save_checkpoint(contents, tmp_path, "CS_scenes", 7)
-    assert path == tmp_path / "CS_scenes_7.pth"
+    path = tmp_path / "CS_scenes_7.pth"
+    save_checkpoint(contents, path)
     assert [p.name for p in tmp_path.iterdir()] == ["CS_scenes_7.pth"]
     loaded = load_checkpoint(path)
     assert loaded["settings"] == contents["settings"]
     assert all(torch.equal(loaded["model"][n], x) for n, x in contents["model"].items())
 
 
-def test_newest_is_the_highest_step_not_the_last_name(tmp_path):
-    for name in ("a_9.pth", "a_100.pth", "a_20.tmp", "b_300.pth", "a_x.pth", "aa_500.pth"):
-        (tmp_path / name).touch()
-    assert newest_checkpoint(tmp_path, "a").name == "a_100.pth"
-    assert newest_checkpoint(tmp_path).name == "aa_500.pth"
-    assert newest_checkpoint(tmp_path, "c") is None
-    assert newest_checkpoint(tmp_path / "missing") is None
-
-
 def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
     """A real limit on the size of files: the write stops half-way, as on a full disk."""
     contents = {"model": {"x": torch.zeros(300_000)}}
-    path = save_checkpoint(contents, tmp_path, "run", 1)
+    path = tmp_path / "run_1.pth"
+    save_checkpoint(contents, path)
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -64,7 +54,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
             with pytest.raises(
                 CheckpointError, match=rf"run_{step}.pth: cannot save .*earlier ones are kept"
             ):
-                save_checkpoint(contents, tmp_path, "run", step)
+                save_checkpoint(contents, tmp_path / f"run_{step}.pth")
         with pytest.raises(CheckpointError, match="cannot write a checkpoint of 1 MiB"):
             check_room(tmp_path, 1_200_000, 1)
     finally:
@@ -74,18 +64,23 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_room_is_checked_for_all_checkpoints_to_come(tmp_path, monkeypatch):
-    check_room(tmp_path / "new" / "folder", 1000, 3)
-    assert list((tmp_path / "new" / "folder").iterdir()) == []
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: module.shutil._ntuple_diskusage(9, 9, 2500))
-    with pytest.raises(CheckpointError, match="but 3 checkpoints"):
-        check_room(tmp_path, 1000, 3)
+@pytest.mark.parametrize("fault", ["truncated", "another step"])
+def test_what_was_written_is_read_back_before_it_replaces_anything(tmp_path, monkeypatch, fault):
+    """A disk that reports success but holds something else."""
+    path, contents = tmp_path / "run_2.pth", {"model": network().state_dict(), "step": 2}
+    save_checkpoint(contents, path)
+    before, write = path.read_bytes(), torch.save
 
+    def damaged(contents, file):
+        write(contents | {"step": 1} if fault == "another step" else contents, file)
+        if fault == "truncated":
+            file.truncate(file.tell() - 100)
 
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"file/snapshots: .*Not a directory"):
-        check_room(tmp_path / "file" / "snapshots", 1000, 1)
+    monkeypatch.setattr(torch, "save", damaged)
+    with pytest.raises(CheckpointError, match=r"run_2.pth: cannot save the checkpoint \(what was written"):
+        save_checkpoint(contents, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["run_2.pth"]
+    assert path.read_bytes() == before
 
 
 class Bomb:
@@ -102,7 +97,8 @@ def test_pickled_objects_are_refused_not_run(tmp_path, save):
 
 @pytest.mark.parametrize("kept", [0, 10, 1000, -100])
 def test_truncated_file(tmp_path, kept):
-    path = save_checkpoint({"model": network().state_dict()}, tmp_path, "run", 1)
+    path = tmp_path / "run_1.pth"
+    save_checkpoint({"model": network().state_dict()}, path)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(CheckpointError, match=r"run_1.pth: not a readable checkpoint, truncated"):
         load_checkpoint(path)
@@ -169,7 +165,8 @@ def test_a_backbone_file_may_lack_the_head_and_nothing_else(tmp_path):
 
 
 def test_random_states_survive_a_checkpoint(tmp_path):
-    path = save_checkpoint({"random_states": [random_state(torch.device("cpu"))]}, tmp_path, "run", 1)
+    path = tmp_path / "run_1.pth"
+    save_checkpoint({"random_states": [random_state(torch.device("cpu"))]}, path)
 
     def draw():
         return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002

@@ -1,12 +1,15 @@
 """The losses against numpy and scipy, which the reference uses for its OHEM."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import scipy.ndimage
 import torch
 from torch.nn import functional as F
 
-from utils.criterion import build_criterion, ohem_threshold
+from utils.criterion import _Pixels, build_criterion, ohem_threshold
 
 
 def sample(batch=2, classes=5, height=45, width=61, ignored=0.2, sharpness=2.0, seed=0):
@@ -23,6 +26,10 @@ def sample(batch=2, classes=5, height=45, width=61, ignored=0.2, sharpness=2.0, 
 
 def upsample(logits, target):
     return F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=True)
+
+
+def threshold_of(small, target, thres, keep):
+    return ohem_threshold(_Pixels(small.detach(), target, 255).on_grid(), thres, keep)
 
 
 def reference_threshold(probabilities, labels, thres, keep, mode="constant"):
@@ -59,7 +66,7 @@ def test_ohem_is_the_references_rule(height, width, keep):
     logits = upsample(small, target)
     probabilities = logits.softmax(1).detach().numpy()
     expected = reference_threshold(probabilities, target.numpy(), 0.05, keep)
-    threshold = ohem_threshold(logits.detach(), target, 0.05, keep, 255)
+    threshold = threshold_of(small, target, 0.05, keep)
     assert float(threshold) == pytest.approx(expected, rel=1e-12)
     loss = build_criterion(ohem=True, ohem_thres=0.05, ohem_keep=keep)({"out": small}, target)
     assert loss.item() == pytest.approx(reference_loss(logits, target, expected), rel=1e-10)
@@ -68,8 +75,7 @@ def test_ohem_is_the_references_rule(height, width, keep):
 def test_ohem_threshold_comes_from_all_three_branches():
     """Otherwise the comparison above could pass without ever sorting anything."""
     small, target = sample()
-    logits = upsample(small, target).detach()
-    few, some, many = (float(ohem_threshold(logits, target, 0.05, keep, 255)) for keep in (64, 1920, 10**6))
+    few, some, many = (float(threshold_of(small, target, 0.05, keep)) for keep in (64, 1920, 10**6))
     assert few == pytest.approx(0.05)
     assert 0.06 < some < 1
     assert many == 1.0
@@ -80,7 +86,7 @@ def test_the_grid_is_scipys_up_to_its_last_pixel():
     small, target = sample(height=109, width=115)
     logits = upsample(small, target).detach()
     probabilities, labels = logits.softmax(1).numpy(), target.numpy()
-    threshold = float(ohem_threshold(logits, target, 0.3, 6400, 255))
+    threshold = float(threshold_of(small, target, 0.3, 6400))
     assert threshold == pytest.approx(
         reference_threshold(probabilities, labels, 0.3, 6400, "nearest"), rel=1e-12
     )
@@ -140,3 +146,70 @@ def test_half_logits_train():
     assert half.grad.isfinite().all()
     wide = build_criterion(ohem=True, ohem_keep=640)({"out": half.detach().double()}, target)
     assert loss.item() == pytest.approx(wide.item(), rel=0.02)
+
+
+@pytest.mark.parametrize(("ohem", "keep"), [(False, 0), (True, 0), (True, 1920), (True, 10**6)])
+@pytest.mark.parametrize("sizes", [(4,), (1, 3), (2, 1, 1)])
+def test_parts_on_several_devices_are_one_batch(ohem, keep, sizes):
+    small, target = sample(batch=4)
+    aux, _ = sample(batch=4, seed=1)
+    target[3] = 255  # a part may be all ignored
+    criterion = build_criterion(ohem, 0.05, keep)
+    whole = criterion({"out": small, "aux": aux}, target)
+    want = torch.autograd.grad(whole, (small, aux))
+    outputs = zip(small.split(sizes), aux.split(sizes), target.split(sizes), strict=True)
+    losses = criterion.over([({"out": out, "aux": a}, labels) for out, a, labels in outputs])
+    torch.testing.assert_close(losses.total, whole)
+    torch.testing.assert_close(losses.head + 0.4 * losses.aux, whole.detach())
+    for got, expected in zip(torch.autograd.grad(losses.total, (small, aux)), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(("ohem", "keep"), [(False, 0), (True, 0), (True, 1920), (True, 10**6)])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_parts_in_several_processes_are_one_batch(ohem, keep, processes):
+    """Processes as threads that meet in ``gather``; averaging their gradients gives the batch's."""
+    small, target = sample(batch=4)
+    target[0] = 255
+    criterion = build_criterion(ohem, 0.05, keep)
+    whole = criterion.over([({"out": small}, target)])
+    (want,) = torch.autograd.grad(whole.total, small)
+    barrier, vectors = threading.Barrier(processes), [None] * processes
+
+    def run(rank, logits, labels):
+        def gather(vector):
+            vectors[rank] = vector
+            barrier.wait(10)
+            stacked = torch.stack(vectors)
+            barrier.wait(10)
+            return stacked
+
+        losses = criterion.over([({"out": logits}, labels)], gather)
+        return losses, torch.autograd.grad(losses.total, logits)[0]
+
+    with ThreadPoolExecutor(processes) as pool:
+        parts = [x.detach().requires_grad_() for x in small.chunk(processes)]
+        results = list(pool.map(run, range(processes), parts, target.chunk(processes)))
+    for index, expected in enumerate(whole):
+        mean = sum(losses[index] for losses, _ in results) / processes
+        torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close(torch.cat([grad for _, grad in results]) / processes, want)
+
+
+def test_the_share_of_kept_pixels():
+    small, target = sample()
+    logits = upsample(small, target)
+    probabilities = logits.softmax(1).detach().numpy()
+    labelled = [p for p in np.ndindex(*target.shape) if target[p] != 255]
+    hard = sum(probabilities[b, target[b, y, x], y, x] <= 0.3 for b, y, x in labelled)
+    losses = build_criterion(ohem=True, ohem_thres=0.3, ohem_keep=0).over([({"out": small}, target)])
+    assert losses.kept.item() == pytest.approx(hard / len(labelled))
+    assert build_criterion().over([({"out": small}, target)]).kept.item() == 1
+
+
+@pytest.mark.parametrize("keep", [0, 640])
+def test_mining_does_not_hide_what_is_not_a_number(keep):
+    small, target = sample()
+    broken = small.detach().clone()
+    broken[0, 0, 0, 0] = float("nan")
+    assert build_criterion(ohem=True, ohem_keep=keep)({"out": broken}, target).isnan()

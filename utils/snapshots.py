@@ -1,0 +1,146 @@
+"""The checkpoints of a run: a folder of ``<prefix>_<step>.pth`` and ``<prefix>_best.pth``."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+
+
+class Snapshots:
+    """Saves a run's checkpoints, and removes old ones once a newer one is known to be good.
+
+    Args:
+        directory: where they are.
+        prefix: what their names begin with.
+        keep_last: how many there are at most, besides the best; 0 keeps all.
+    """
+
+    def __init__(self, directory: Path, prefix: str, keep_last: int = 0) -> None:
+        self.directory, self.prefix, self.keep_last = directory, prefix, keep_last
+        self.best_path = directory / f"{prefix}_best.pth"
+
+    def newest(self) -> Path | None:
+        """The checkpoint of the highest step."""
+        return newest_checkpoint(self.directory, self.prefix)
+
+    def save(self, contents: dict[str, Any], step: int) -> Path:
+        """Write the checkpoint of a step.
+
+        Raises:
+            CheckpointError: it cannot be written; all that was there is still there.
+        """
+        path = self.directory / f"{self.prefix}_{step}.pth"
+        save_checkpoint(contents, path)
+        if self.keep_last:
+            for old in checkpoints(self.directory, self.prefix)[: -self.keep_last]:
+                old.unlink()
+        return path
+
+    def save_best(self, contents: dict[str, Any]) -> Path:
+        """Write the best checkpoint in place of the one before; ``contents["validation"]`` says how good."""
+        save_checkpoint(contents, self.best_path)
+        return self.best_path
+
+    def best_miou(self) -> float:
+        """The mIoU of the best checkpoint, -1 if there is none."""
+        if not self.best_path.is_file():
+            return -1.0
+        return float(load_checkpoint(self.best_path).get("validation", {}).get("mIoU", -1.0))
+
+    def prepare(self, first_step: int, resuming: bool, checkpoint_bytes: int, to_come: int) -> None:
+        """Find out before training whether the checkpoints of a run from ``first_step`` have a place here.
+
+        Args:
+            first_step: steps that are done.
+            resuming: whether the run goes on; otherwise nothing of another may be here.
+            checkpoint_bytes: about the size of one.
+            to_come: how many will be written.
+
+        Raises:
+            CheckpointError: another run's checkpoints are here, or the folder has no room.
+        """
+        there = [
+            path for path in (newest_checkpoint(self.directory), self.best_path) if path and path.exists()
+        ]
+        if there and not resuming:
+            raise CheckpointError(
+                f"{self.directory} holds {there[0].name} of an earlier run; "
+                "continue it with --resume or choose another --snapshot-dir"
+            )
+        newest = newest_checkpoint(self.directory)
+        if newest and step_of(newest) > first_step:
+            raise CheckpointError(
+                f"{self.directory} holds {newest.name}, which is later than step {first_step}; "
+                "resume that one, move it away, or choose another --snapshot-dir"
+            )
+        for left_over in self.directory.glob(f"{self.prefix}_*.tmp"):  # by a kill
+            left_over.unlink()
+        # A new one is written before an old one goes.
+        count = min(to_come, self.keep_last + 1) if self.keep_last else to_come
+        check_room(self.directory, checkpoint_bytes, count)
+
+
+def checkpoints(directory: Path, prefix: str = "") -> list[Path]:
+    """The checkpoints ``<prefix>_<step>.pth`` of a folder, by step; of any prefix if none is given."""
+    named = re.compile((re.escape(prefix) or ".*") + r"_\d+\.pth")
+    return sorted((path for path in directory.glob("*.pth") if named.fullmatch(path.name)), key=step_of)
+
+
+def newest_checkpoint(directory: Path, prefix: str = "") -> Path | None:
+    """The checkpoint of the highest step in a folder."""
+    return next(reversed(checkpoints(directory, prefix)), None)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.rsplit("_", 1)[1])
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The file itself, or the newest checkpoint of a folder.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
+    if not path.is_dir():
+        return path
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise CheckpointError(f"{path}: no checkpoint <name>_<step>.pth in this folder")
+    return newest
+
+
+def check_room(directory: Path, checkpoint_bytes: int, count: int) -> None:
+    """Make the folder and see that it is writable and has room for ``count`` checkpoints to come.
+
+    Raises:
+        CheckpointError: before hours of training are spent on something that cannot be saved.
+    """
+    if count == 0:
+        return
+    probe = directory / ".room.tmp"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            # Really claims one checkpoint's room: quotas and limits on the file size count as well.
+            os.posix_fallocate(file.fileno(), 0, checkpoint_bytes)
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: cannot write a checkpoint of {_megabytes(checkpoint_bytes)} ({error.strerror})"
+        ) from None
+    finally:
+        if probe.parent.is_dir():
+            probe.unlink(missing_ok=True)
+    free = shutil.disk_usage(directory).free
+    if free < count * checkpoint_bytes:
+        raise CheckpointError(
+            f"{directory}: {_megabytes(free)} free, but {count} checkpoints of "
+            f"{_megabytes(checkpoint_bytes)} are to come; make room or raise --save-pred-every"
+        )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
