@@ -68,6 +68,7 @@ from utils.training import (
     LossWindow,
     TrainingError,
     TrainStep,
+    build_optimizer,
     make_deterministic,
     peak_memory_mib,
 )
@@ -172,11 +173,7 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     """Data, network and optimiser of a command line."""
     source = find_source(args.data_dir, args.dataset, args.num_classes, args.ignore_label)
     pairs = pairs_of(source, args.data_dir, args.split, args.data_list)
-    validation = []
-    if args.val_every:
-        validation = pairs_of(source, args.data_dir, args.val_split, args.val_list)
-        if any(pair.label is None for pair in validation):
-            raise DataError(f"--val-every: {args.val_list or args.val_split} has images without labels")
+    validation = validation_pairs(source, args) if args.val_every else []
     args.dataset, args.num_classes = source.name, source.table.num_classes
     args.images = fingerprint(pairs, args.data_dir)
     transform = TrainTransform(args.input_size, args.random_scale, args.random_mirror, args.ignore_label)
@@ -194,9 +191,7 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     network.to(process.device, memory_format=torch.channels_last).train()
     if args.freeze_bn:
         libs.freeze(network)
-    optimizer = torch.optim.SGD(
-        network.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay, fused=True
-    )
+    optimizer = build_optimizer(network, args.learning_rate, args.momentum, args.weight_decay)
     images_together = args.batch_size // args.accumulate
     criterion = build_criterion(
         args.ohem, args.ohem_thres, args.ohem_keep * images_together // 2, ignore_index=args.ignore_label
@@ -205,6 +200,18 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     torch.manual_seed(args.random_seed + process.rank)  # whatever layers draw that do not go by keys
     snapshots = Snapshots(args.snapshot_dir, source.prefix, args.keep_last)
     return Run(args, process, source, dataset, validation, network, step, snapshots)
+
+
+def validation_pairs(source: Source, args: argparse.Namespace) -> list[Pair]:
+    """What ``--val-every`` evaluates."""
+    if args.val_list is None and args.val_split not in source.splits:
+        splits = ", ".join(source.splits) or "no splits of its own"
+        raise DataError(f"--val-split {args.val_split}: {source.name} has {splits}; give --val-list")
+    pairs = pairs_of(source, args.data_dir, args.val_split, args.val_list)
+    if any(pair.label is None for pair in pairs):
+        where = args.val_list or f"--val-split {args.val_split}"
+        raise DataError(f"{where}: has images without labels, which --val-every cannot score")
+    return pairs
 
 
 def restore(run: Run) -> int:

@@ -24,6 +24,20 @@ class TrainingError(RuntimeError):
     """Training that cannot go on: one line that says where it stopped and why."""
 
 
+def build_optimizer(
+    network: nn.Module, learning_rate: float, momentum: float, weight_decay: float
+) -> torch.optim.SGD:
+    """SGD in one pass over the parameters (paper, section 4.2)."""
+    optimizer = torch.optim.SGD(
+        network.parameters(), learning_rate, momentum, weight_decay=weight_decay, fused=True
+    )
+    # PyTorch would make the buffers in the first step; uninitialised, if fp16 overflows there.
+    for parameter in network.parameters():
+        if momentum and parameter.requires_grad:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
 class TrainStep:
     """Trains a network by one batch a call.
 

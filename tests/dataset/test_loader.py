@@ -51,6 +51,27 @@ def test_processes_share_each_batch_without_overlap(dataset):
         assert torch.equal(labels, torch.cat([part[step][1] for part in parts]))
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_parts_of_a_batch_are_shared_one_after_another(world_size):
+    """The m-th part of the batch is the same images, whoever has them."""
+    samplers = [StepSampler(12, 0, 9, rank, world_size, accumulate=2) for rank in range(world_size)]
+    for step in (0, 5):
+        shares = [torch.tensor(sampler.positions(step)).chunk(2) for sampler in samplers]
+        for part in (0, 1):
+            first = 12 * step + 6 * part
+            assert torch.cat([share[part] for share in shares]).tolist() == list(range(first, first + 6))
+
+
+def test_keys_belong_to_positions(dataset):
+    keys = dataset.keys([3, 4, 10**6])
+    assert keys.dtype == torch.int64
+    assert ((keys >= 0) & (keys < 2**32)).all()
+    assert keys.unique().numel() == 3
+    assert torch.equal(dataset.keys([4]), keys[1:2])
+    other = TrainDataset(dataset.pairs, dataset.table, dataset.transform, seed=6)
+    assert not torch.equal(other.keys([3, 4, 10**6]), keys)
+
+
 def test_each_epoch_is_a_new_permutation(dataset):
     number = len(dataset.pairs)
     seen = []

@@ -1,12 +1,9 @@
-"""Training from the command line: what it writes, what it starts from, that it survives being killed."""
+"""Training from the command line: what it writes, what it starts from, how it is evaluated on the way."""
 
 import json
-import os
+import math
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -14,13 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from libs import ABN
 from networks import build_model
-from tests.scripts.conftest import ROOT, SMALL
+from tests.scripts.conftest import SMALL
+from tests.scripts.processes import Processes
 from utils.checkpoint import load_checkpoint
-
-
-def command(demo_data, folder, *more, launcher=()):
-    options = ("--data-dir", demo_data, "--snapshot-dir", folder, *SMALL, "--batch-size", "2", *more)
-    return [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, options)]
 
 
 def same_tensors(left, right):
@@ -29,10 +22,6 @@ def same_tensors(left, right):
 
 def log_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    return {line["step"]: line["loss"] for line in log_of(folder)}
 
 
 def test_what_a_run_leaves(call, demo_data, tmp_path):
@@ -49,59 +38,35 @@ def test_what_a_run_leaves(call, demo_data, tmp_path):
     assert [line["step"] for line in log] == [5, 10, 12]
     assert log[-1]["learning_rate"] == pytest.approx(0.02 * (1 - 11 / 12) ** 0.9)
     assert all(0 < line["loss"] < 10 for line in log)
+    assert all(line["loss"] == pytest.approx(line["loss_head"] + 0.4 * line["loss_aux"]) for line in log)
+    assert all(
+        line[name] > 0 for line in log for name in ("images_per_second", "gradient_norm", "memory_mib")
+    )
+    assert all(line["kept_pixels"] == 1 for line in log)  # there are fewer than OHEM keeps
 
     events = EventAccumulator(str(folder)).Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 12]
+    for name in log[0].keys() - {"step"}:
+        assert [event.step for event in events.Scalars(f"train/{name}")] == [5, 10, 12]
     assert "image, label, prediction/0" in events.Tags()["images"]
 
     checkpoint = load_checkpoint(folder / "CS_scenes_12.pth")
     assert checkpoint["step"] == 12
     assert checkpoint["settings"]["input_size"] == (33, 41)
     assert checkpoint["model"].keys() == build_model(backbone="resnet18").state_dict().keys()
+    run = json.loads((folder / "run.json").read_text())
+    assert f"train.py --data-dir {demo_data} --snapshot-dir " in run["command"]
+    assert run["settings"] == checkpoint["settings"] | {"input_size": [33, 41]}
+    assert run["versions"]["torch"] == torch.__version__
+    for line in (
+        "data      cityscapes, 4 images",
+        "device    CPU; fp32",
+        "attention CPU: ",
+        "norm      InPlaceABN; ",
+    ):
+        assert line in result.out
+    assert "steps     0 → 12 of 2 images, 6 epochs in all" in result.out
     moved = load_checkpoint(folder / "CS_scenes_5.pth")["model"]
     assert not same_tensors(checkpoint["model"], moved)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(demo_data, tmp_path_factory):
-    """The folder of a run of five steps that nothing interrupts."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run = command(demo_data, folder, "--num-steps", 5, "--save-pred-every", 1)
-    subprocess.run(run, check=True, capture_output=True)
-    return folder
-
-
-# When the process is killed: as soon as one of these files is there.
-MOMENTS = {
-    "while the first checkpoint is written": "CS_scenes_1.tmp",
-    "while the third checkpoint is written": "CS_scenes_3.tmp",
-    "within a step": "CS_scenes_2.pth",
-    "before the first step": "events.out.tfevents.*",
-}
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_and_resumed_ends_with_the_same_bits(demo_data, tmp_path, undisturbed, moment):
-    options = ("--num-steps", 5, "--save-pred-every", 1)
-    process = subprocess.Popen(command(demo_data, tmp_path, *options), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(MOMENTS[moment])):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "CS_scenes_5.pth").exists()
-
-    # The number of workers may differ; the run may not.
-    resumed = command(demo_data, tmp_path, *options, "--resume", "--num-workers", 1)
-    subprocess.run(resumed, check=True, capture_output=True)
-    expected, got = (load_checkpoint(f / "CS_scenes_5.pth") for f in (undisturbed, tmp_path))
-    assert same_tensors(got["model"], expected["model"])
-    for index, state in expected["optimizer"]["state"].items():
-        assert torch.equal(got["optimizer"]["state"][index]["momentum_buffer"], state["momentum_buffer"])
-    assert torch.equal(got["random_states"][0]["torch"], expected["random_states"][0]["torch"])
-    assert losses(tmp_path) == losses(undisturbed)
 
 
 def test_resuming_a_finished_run_and_changed_settings(call, demo_data, trained):
@@ -239,24 +204,160 @@ def test_camvid(call, camvid, tmp_path):
     assert (tmp_path / "CamVid_2.pth").exists()
 
 
-def test_two_processes(demo_data, tmp_path):
-    """They train, and a resumed run is the same to the bit: each process has its own random state."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def test_accumulated_parts_are_the_batch_where_the_statistics_are(call, demo_data, trained, tmp_path):
+    """With frozen normalisation a batch and its parts differ in the shares of ignored pixels only."""
+    logs = []
+    for parts in (1, 2):
+        folder = tmp_path / str(parts)
+        result = call(
+            "train.py", "--data-dir", demo_data, "--snapshot-dir", folder, *SMALL, "--batch-size", 4,
+            "--restore-from", trained, "--freeze-bn", "--random-scale", 0, "--accumulate", parts,
+            "--num-steps", 3, "--save-pred-every", 1, "--learning-rate", 1e-3,
+        )  # fmt: skip
+        assert result.status == 0, result.error
+        logs.append(log_of(folder))
+    for one, two in zip(*logs, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=5e-3)
+        assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=2e-2)
 
-    def run(folder, *more):
-        options = ("--num-steps", 2, "--save-pred-every", 1, "--norm", "sync", *more)
-        words = command(demo_data, folder, *options, launcher=launcher)
-        done = subprocess.run(words, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        return done, load_checkpoint(folder / "CS_scenes_2.pth")
 
-    done, whole = run(tmp_path / "whole")
-    (tmp_path / "resumed").mkdir()
-    shutil.copy(tmp_path / "whole" / "CS_scenes_1.pth", tmp_path / "resumed")
-    _, again = run(tmp_path / "resumed", "--resume")
-    assert same_tensors(again["model"], whole["model"])
-    assert len(whole["random_states"]) == 2
-    assert not torch.equal(*(state["torch"] for state in whole["random_states"]))
-    assert not any(name.startswith("module.") for name in whole["model"])
-    assert done.stdout.count("network   ") == 1  # only the first process speaks
+@pytest.fixture
+def plain_again():
+    """--deterministic sets PyTorch for the whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "--amp bf16",
+        "--amp fp16",
+        "--accumulate 2",
+        "--checkpoint-activations --amp bf16",
+        "--deterministic",
+        "--norm abn",
+    ],
+)
+def test_ways_to_compute_resume_exactly(call, demo_data, tmp_path, plain_again, way):
+    """A third step gives the same bits after a resumption, the scaler of fp16 included."""
+    options = (*way.split(), "--data-dir", demo_data, *SMALL, "--batch-size", 2, "--num-steps", 3)
+    result = call("train.py", *options, "--snapshot-dir", tmp_path / "a", "--save-pred-every", 2)
+    assert result.status == 0, result.error
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "CS_scenes_2.pth").rename(tmp_path / "b" / "CS_scenes_2.pth")
+    result = call("train.py", *options, "--snapshot-dir", tmp_path / "b", "--resume")
+    assert result.status == 0, result.error
+    assert "settings changed" not in result.out
+    left, right = (load_checkpoint(tmp_path / x / "CS_scenes_3.pth") for x in "ab")
+    assert same_tensors(left["model"], right["model"])
+    assert left["scaler"] == right["scaler"]
+    assert bool(left["scaler"]) == ("fp16" in way)
+    assert all(math.isfinite(line["loss"]) for line in log_of(tmp_path / "a"))
+
+
+def test_compiled(call, demo_data, tmp_path, monkeypatch):
+    """Captured as one graph; what a backend makes of it is PyTorch's affair."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: compile_module(self, backend="eager", fullgraph=True)
+    )
+    options = ("--data-dir", demo_data, *SMALL, "--batch-size", 2, "--num-steps", 1, "--save-pred-every", 1)
+    assert call("train.py", *options, "--snapshot-dir", tmp_path / "a", "--compile").status == 0
+    assert call("train.py", *options, "--snapshot-dir", tmp_path / "b").status == 0
+    (compiled,), (eager,) = log_of(tmp_path / "a"), log_of(tmp_path / "b")
+    assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-5)
+
+
+# Validation on the way
+
+
+@pytest.fixture(scope="module")
+def validated(demo_data, tmp_path_factory):
+    """The folder of a run of 6 steps in two processes, evaluated every 2, with two checkpoints kept."""
+    folder = tmp_path_factory.mktemp("validated") / "run"
+    run = Processes(
+        folder.parent, "train.py", "--data-dir", demo_data, "--snapshot-dir", folder, *SMALL,
+        "--batch-size", 2, "--num-steps", 6, "--save-pred-every", 1, "--val-every", 2, "--keep-last", 2,
+        "--learning-rate", 0.05, count=2,
+    )  # fmt: skip
+    assert run.wait() == [0, 0]
+    return folder
+
+
+def miou_of(call, demo_data, path, output):
+    """What evaluate.py says."""
+    result = call(
+        "evaluate.py", "--data-dir", demo_data, "--restore-from", path, "--output-dir", output, "--gpu", "cpu"
+    )
+    assert result.status == 0, result.error
+    return json.loads((output / "metrics.json").read_text())
+
+
+def test_validation_is_evaluation(call, demo_data, validated, tmp_path):
+    """Images shared by two processes give the very numbers that evaluate.py computes of the checkpoint."""
+    lines = {line["step"]: line for line in log_of(validated) if "mIoU" in line}
+    assert list(lines) == [2, 4, 6]
+    metrics = miou_of(call, demo_data, validated / "CS_scenes_6.pth", tmp_path)
+    for name in ("mIoU", "pixel_accuracy", "mean_accuracy", "IoU", "accuracy"):
+        assert lines[6][name] == metrics[name]
+    events = EventAccumulator(str(validated)).Reload()
+    assert [event.step for event in events.Scalars("val/mIoU")] == [2, 4, 6]
+    assert events.Scalars("val/IoU/road")[-1].value == pytest.approx(metrics["IoU"]["road"])
+
+
+def test_the_best_checkpoint_is_kept_and_the_last_ones(call, demo_data, validated, tmp_path):
+    names = {path.name for path in validated.glob("*.pth")}
+    assert names == {"CS_scenes_5.pth", "CS_scenes_6.pth", "CS_scenes_best.pth"}
+    scores = {line["step"]: line["mIoU"] for line in log_of(validated) if "mIoU" in line}
+    best = load_checkpoint(validated / "CS_scenes_best.pth")
+    assert best["step"] == max(scores, key=scores.get)
+    assert best["validation"]["mIoU"] == max(scores.values())
+    assert miou_of(call, demo_data, validated / "CS_scenes_best.pth", tmp_path)["mIoU"] == max(
+        scores.values()
+    )
+
+
+def test_a_validation_that_was_interrupted_is_made_up_for(call, demo_data, tmp_path):
+    options = ("--data-dir", demo_data, *SMALL, "--batch-size", 2, "--save-pred-every", 2, "--val-every", 2)
+    run = Processes(
+        tmp_path,
+        "train.py",
+        *options,
+        "--snapshot-dir",
+        tmp_path / "a",
+        "--num-steps",
+        10**4,
+        "--keep-last",
+        1,
+    )
+    run.until(lambda: (tmp_path / "a" / "CS_scenes_2.pth").exists())
+    run.kill(signal.SIGKILL)
+    run.wait()
+    (tmp_path / "a" / "CS_scenes_best.pth").unlink(missing_ok=True)
+    log = (tmp_path / "a" / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a" / "log.jsonl").write_text(log[0])
+    result = call(
+        "train.py", *options, "--snapshot-dir", tmp_path / "a", "--num-steps", 10**4, "--resume", "x"
+    )
+    assert result.status == 1  # no such checkpoint
+    step = json.loads(log[0])["step"]
+    result = call("train.py", *options, "--snapshot-dir", tmp_path / "a", "--num-steps", step + 1, "--resume")
+    assert result.status == 0, result.error
+    assert [line["step"] for line in log_of(tmp_path / "a") if "mIoU" in line] == [step]
+
+
+def test_validation_needs_labels_and_a_split(call, list_data, tmp_path):
+    options = ("--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst", *SMALL)
+    options += ("--num-classes", 3, "--snapshot-dir", tmp_path / "run", "--batch-size", 2, "--num-steps", 1)
+    result = call("train.py", *options, "--val-every", 1)
+    assert result.status == 1
+    assert "--val-split val: list has no splits of its own; give --val-list" in result.error
+    shutil.copy(list_data / "images" / "scene 0.png", list_data / "images" / "alone.png")
+    (list_data / "val.lst").write_text("images/alone.png\n")
+    result = call("train.py", *options, "--val-every", 1, "--val-list", list_data / "val.lst")
+    assert result.status == 1
+    assert "val.lst: has images without labels, which --val-every cannot score" in result.error
+    result = call("train.py", *options, "--val-every", 1, "--val-list", list_data / "train.lst")
+    assert result.status == 0, result.error
+    assert (tmp_path / "run" / "model_best.pth").exists()

@@ -1,0 +1,96 @@
+"""Scripts in processes of their own, started from a server that has imported what they need."""
+
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["torch.utils.tensorboard", "torch.distributed", __name__, "networks", "dataset"]
+)
+
+
+def run(script, arguments, environment, output):
+    """The whole life of a process: ``python script arguments``, what it prints going to two files."""
+    os.environ.update(environment)
+    for number, suffix in ((1, "out"), (2, "error")):
+        file = os.open(f"{output}.{suffix}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(file, number)
+        os.close(file)
+    sys.argv = [script, *map(os.path.expandvars, arguments)]
+    multiprocessing.set_start_method("fork", force=True)  # for the workers, as where python starts the script
+    torch.set_num_threads(1)
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+class Processes:
+    """``count`` processes of a script as torchrun starts them; but nobody ends the others when one fails."""
+
+    def __init__(self, folder, script, *arguments, count=1):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        together = {
+            "WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "TORCHELASTIC_RUN_ID": "x",
+        }
+        self.processes = []
+        for rank in range(count):
+            environment = together | {"RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
+            process = CONTEXT.Process(
+                target=run,
+                args=(
+                    script,
+                    [str(x) for x in arguments],
+                    {name: str(value) for name, value in environment.items()},
+                    self.folder / f"process{rank}",
+                ),
+            )
+            process.start()
+            self.processes.append(process)
+
+    def out(self, rank=0):
+        return self._text(rank, "out")
+
+    def error(self, rank=0):
+        """What went to the standard error, without the progress bar."""
+        lines = self._text(rank, "error").replace("\r", "\n").splitlines()
+        return "\n".join(line for line in lines if line.strip() and "%|" not in line)
+
+    def _text(self, rank, suffix):
+        path = self.folder / f"process{rank}.{suffix}"
+        return path.read_text() if path.exists() else ""
+
+    def kill(self, signum, ranks=None):
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            os.kill(self.processes[rank].pid, signum)
+
+    def until(self, condition, timeout=60):
+        """Wait for something that the processes are about to do."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert any(process.is_alive() for process in self.processes), self.error()
+            assert time.monotonic() < deadline
+            time.sleep(0.0005)
+
+    def wait(self, timeout=60):
+        """The exit statuses of all, none of which may hang."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(deadline - time.monotonic(), 0))
+        hanging = [process for process in self.processes if process.is_alive()]
+        for process in hanging:
+            process.kill()
+        assert not hanging, f"still running: {self.error(0)} {self.error(len(self.processes) - 1)}"
+        return [process.exitcode for process in self.processes]

@@ -1,0 +1,219 @@
+"""Runs that are interrupted, killed, or meet a fault, alone and as one of two processes: nothing is lost,
+all end, and a resumed run ends with the same bits."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.samples import write_pair
+from tests.scripts.conftest import SMALL
+from tests.scripts.processes import Processes
+from utils.checkpoint import load_checkpoint
+from utils.snapshots import newest_checkpoint
+
+STEPS = ("--num-steps", 5, "--save-pred-every", 1)
+LONG = ("--num-steps", 10**6, "--save-pred-every", 10**6)
+SAVING = ("--num-steps", 10**6, "--save-pred-every", 1, "--keep-last", 2)
+
+
+def start(data, folder, *more, count=1):
+    options = ("--data-dir", data, "--snapshot-dir", folder, *SMALL, "--batch-size", 2, *more)
+    return Processes(folder.parent / "output", "train.py", *options, count=count)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return {line["step"]: line["loss"] for line in log_of(folder) if "loss" in line}
+
+
+def same_tensors(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def assert_same_run(folder, other, step):
+    got, expected = (load_checkpoint(f / f"CS_scenes_{step}.pth") for f in (folder, other))
+    assert same_tensors(got["model"], expected["model"])
+    for index, state in expected["optimizer"]["state"].items():
+        assert torch.equal(got["optimizer"]["state"][index]["momentum_buffer"], state["momentum_buffer"])
+    for state, want in zip(got["random_states"], expected["random_states"], strict=True):
+        assert torch.equal(state["torch"], want["torch"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(demo_data, tmp_path_factory):
+    """For a number of processes the folder of a run of five steps that nothing interrupts."""
+    folders = {}
+
+    def run(count):
+        if count not in folders:
+            folders[count] = tmp_path_factory.mktemp(f"undisturbed{count}") / "run"
+            assert start(demo_data, folders[count], *STEPS, count=count).wait() == [0] * count
+        return folders[count]
+
+    return run
+
+
+# When the processes are killed: as soon as one of these files is there.
+MOMENTS = {
+    "while the first checkpoint is written": "CS_scenes_1.tmp",
+    "while the third checkpoint is written": "CS_scenes_3.tmp",
+    "within a step": "CS_scenes_2.pth",
+    "before the first step": "events.out.tfevents.*",
+}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed_ends_with_the_same_bits(demo_data, tmp_path, undisturbed, moment, count):
+    folder = tmp_path / "run"
+    run = start(demo_data, folder, *STEPS, count=count)
+    run.until(lambda: list(folder.glob(MOMENTS[moment])))
+    run.kill(signal.SIGKILL)
+    assert run.wait() == [-signal.SIGKILL] * count
+    assert not (folder / "CS_scenes_5.pth").exists()
+
+    # The number of workers may differ; the run may not.
+    resumed = start(demo_data, folder, *STEPS, "--resume", "--num-workers", 1, count=count)
+    assert resumed.wait() == [0] * count
+    assert_same_run(folder, undisturbed(count), 5)
+    assert losses(folder) == losses(undisturbed(count))
+    assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_all_after_a_step(demo_data, tmp_path, undisturbed, signum, count):
+    folder = tmp_path / "run"
+    run = start(demo_data, folder, *STEPS[:2], "--save-pred-every", 2, "--num-workers", 2, count=count)
+    run.until(lambda: (folder / "CS_scenes_2.pth").exists())
+    run.kill(signum, ranks=[count - 1])
+    assert run.wait() == [128 + signum] * count
+    assert f"stopped after step {newest_step(folder)}; --resume continues from there" in run.error()
+    assert start(demo_data, folder, *STEPS, "--resume", count=count).wait() == [0] * count
+    assert_same_run(folder, undisturbed(count), 5)
+
+
+def test_a_signal_to_all_processes_of_the_run_workers_included(demo_data, tmp_path):
+    folder = tmp_path / "run"
+    run = start(demo_data, folder, *LONG, "--num-workers", 2, count=2)
+    run.until(lambda: (folder / "log.jsonl").exists() and losses(folder))
+    for process in run.processes:
+        for child in children(process.pid):
+            os.kill(child, signal.SIGTERM)
+    run.kill(signal.SIGTERM)
+    assert run.wait() == [143, 143]
+    step = load_checkpoint(newest_checkpoint(folder))["step"]
+    assert step >= max(losses(folder))
+    assert "error" not in run.error(0) + run.error(1)
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(demo_data, tmp_path):
+    folder = tmp_path / "run"
+    run = start(demo_data, folder, *LONG, "--input-size", "700,900")
+    run.until(lambda: list(folder.glob("events.out.tfevents.*")))
+    run.kill(signal.SIGINT)
+    run.until(lambda: "stopping after this step" in run.error())
+    run.kill(signal.SIGINT)
+    assert run.wait() == [130]
+    assert run.error().endswith("train.py: interrupted")
+
+
+def children(pid):
+    """Those that load data; not the tracker of shared memory."""
+    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [child for child in found if b"tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def assert_all_ended(run, count, message, teller=0):
+    """Each process with status 1, one of them with one line that says why."""
+    assert run.wait() == [1] * count
+    lines = [run.error(rank).splitlines() for rank in range(count)]
+    (line,) = lines[teller]
+    assert line.startswith("train.py: error: ")
+    assert message in line
+    assert not any(lines[rank] for rank in range(count) if rank != teller)
+
+
+def newest_step(folder):
+    """Of the newest checkpoint, which is whole."""
+    path = newest_checkpoint(folder)
+    assert load_checkpoint(path)["step"] == int(path.stem.rsplit("_", 1)[1])
+    return load_checkpoint(path)["step"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_image_met_by_one_of_two_processes(list_data, tmp_path, workers):
+    folder, more = tmp_path / "run", ("--dataset", "list", "--num-classes", 3)
+    lines = [write_pair(list_data, f"more {index}", seed=index) for index in range(40)]
+    (list_data / "train.lst").write_text("".join(lines))
+    bad = list_data / "images" / "more 7.png"
+    bad.write_bytes(bad.read_bytes()[:900])
+    more += ("--data-list", list_data / "train.lst", "--num-workers", workers, "--random-seed", 1)
+    run = start(list_data, folder, *more, "--num-steps", 20, "--save-pred-every", 1, count=2)
+    assert_all_ended(run, 2, f"process 1: {bad}: unreadable or truncated image", teller=1)
+    assert newest_step(folder) > 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_worker_that_dies(demo_data, tmp_path, count):
+    folder = tmp_path / "run"
+    run = start(demo_data, folder, *SAVING, "--num-workers", 1, count=count)
+    run.until(lambda: (folder / "CS_scenes_2.pth").exists())  # soon followed by others
+    os.kill(children(run.processes[count - 1].pid)[0], signal.SIGKILL)
+    message = ("process 1: " if count == 2 else "") + "a worker process that reads the data died"
+    assert_all_ended(run, count, message, teller=count - 1)
+    assert newest_step(folder) >= 2
+
+
+def test_a_loss_that_is_not_finite_in_two_processes(demo_data, tmp_path):
+    folder = tmp_path / "run"
+    run = start(demo_data, folder, "--num-steps", 20, "--learning-rate", 1e20, "--ohem", 0, count=2)
+    assert run.wait() == [1, 1]
+    told = [rank for rank in (0, 1) if run.error(rank)]
+    assert all("the loss is nan" in run.error(rank) and "step 2: " in run.error(rank) for rank in told)
+    assert told
+    assert newest_checkpoint(folder) is None
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_disk_that_fills_up(demo_data, tmp_path, count):
+    """A real limit, on the size of files, that comes while the run is under way."""
+    folder = tmp_path / "run"
+    run = start(demo_data, folder, *SAVING, count=count)
+    run.until(lambda: (folder / "CS_scenes_2.pth").exists())
+    hard = resource.prlimit(run.processes[0].pid, resource.RLIMIT_FSIZE)[1]
+    resource.prlimit(run.processes[0].pid, resource.RLIMIT_FSIZE, (20_000_000, hard))
+    assert_all_ended(run, count, "cannot save the checkpoint (")
+    assert newest_step(folder) >= 2
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_a_process_that_is_killed_ends_the_other(demo_data, tmp_path):
+    folder = tmp_path / "run"
+    run = start(demo_data, folder, *LONG, count=2)
+    run.until(lambda: (folder / "log.jsonl").exists() and losses(folder))
+    run.kill(signal.SIGKILL, ranks=[1])
+    assert run.wait() == [1, -signal.SIGKILL]
+    assert run.error() == "train.py: error: process 0 lost the connection to another one"
+
+
+def test_processes_that_see_different_files(demo_data, tmp_path):
+    """As two machines without a shared disk: one has a checkpoint, the other has none."""
+    start(demo_data, tmp_path / "first" / "run", "--num-steps", 1).wait()
+    shutil.copytree(tmp_path / "first" / "run", tmp_path / "run-0")
+    options = ("--data-dir", demo_data, *SMALL, "--batch-size", 2, "--num-steps", 2, "--resume")
+    per_rank = tmp_path / "run-$RANK"
+    run = Processes(tmp_path, "train.py", *options, "--snapshot-dir", per_rank, count=2)
+    message = "the processes would start from different files: 4 images, "
+    assert_all_ended(run, 2, message)
+    assert "at step 1, but process 1 has" in run.error()
+    assert "at step 0; all machines must see the same --data-dir and --snapshot-dir" in run.error()
