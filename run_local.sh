@@ -57,9 +57,9 @@ published() {
         echo "note: no GPU is visible; on a CPU the recipe takes months"
     fi
     "${launch[@]}" train.py --data-dir "$data" --snapshot-dir snapshots/cityscapes --resume \
-        "${weights[@]}" --backbone resnet101 --recurrence 2 --norm sync \
+        "${weights[@]}" --backbone resnet101 --recurrence 2 \
         --ohem 1 --ohem-thres 0.7 --ohem-keep 100000 --input-size 769,769 --batch-size 8 \
-        --num-steps 60000 --learning-rate 1e-2 --weight-decay 1e-4 "$@"
+        --num-steps 60000 --learning-rate 1e-2 --weight-decay 1e-4 --val-every 5000 "$@"
     "$PYTHON" evaluate.py --data-dir "$data" --restore-from snapshots/cityscapes --save \
         --output-dir results/cityscapes
     echo "pictures (image, label, prediction): results/cityscapes/panels/"

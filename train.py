@@ -374,6 +374,11 @@ def log(run: Run, step: int, values: dict[str, Any], logger: Logger | None, prog
     """Numbers of the last steps: into the files, and on the progress bar."""
     if logger is None:
         return
+    if not progress.postfix:
+        seconds = (run.args.num_steps - step) * run.args.batch_size / values["images_per_second"]
+        tqdm.write(
+            f"time      about {duration(seconds)} to come, at {values['images_per_second']:.3g} images/s"
+        )
     norm = run.step.gradient_norm().item()
     values |= {
         "learning_rate": run.optimizer.param_groups[0]["lr"],
@@ -382,6 +387,15 @@ def log(run: Run, step: int, values: dict[str, Any], logger: Logger | None, prog
     }
     logger.scalars(step, values)
     progress.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['learning_rate']:.2e}")
+
+
+def duration(seconds: float) -> str:
+    """In the two largest of its units."""
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min" if minutes else f"{seconds:.0f} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
 
 
 def save(run: Run, step: int) -> None:
@@ -405,8 +419,7 @@ def validate(run: Run, step: int, logger: Logger | None) -> None:
         pin_memory=process.device.type == "cuda",
     )
     with process.together():
-        until_signal = itertools.takewhile(lambda _: not run.interruption.signum, samples)
-        evaluate(predict, until_signal, matrix, process.device)
+        evaluate(predict, until_signal(samples, run.interruption), matrix, process.device)
     if process.largest(run.interruption.signum):
         return  # it is made up for when the run goes on
     matrix.counts = process.sum(matrix.counts)
@@ -425,6 +438,15 @@ def validate(run: Run, step: int, logger: Logger | None) -> None:
         with process.together():
             if process.is_main:
                 run.snapshots.save_best(checkpoint)
+
+
+def until_signal(samples: Iterator[Any], interruption: Interruption) -> Iterator[Any]:
+    """The samples up to a signal, which may also have ended the workers that read them."""
+    try:
+        yield from itertools.takewhile(lambda _: not interruption.signum, samples)
+    except DataError:
+        if not interruption.signum:
+            raise
 
 
 def show(run: Run, step: int, images: Tensor, labels: Tensor, logits: Tensor, logger: Logger) -> None:

@@ -1,4 +1,4 @@
-"""The curve of a run: loss and learning rate over the steps.
+"""The curve of a run: loss and learning rate over the steps, and mIoU where it was evaluated on the way.
 
 python benchmarks/plot_log.py snapshots/demo/log.jsonl curve.png
 """
@@ -20,7 +20,9 @@ def main() -> None:
     parser.add_argument("log", type=Path, help="log.jsonl of a run")
     parser.add_argument("picture", type=Path, help="PNG to write")
     options = parser.parse_args()
-    lines = [json.loads(line) for line in options.log.read_text().splitlines()]
+    every = [json.loads(line) for line in options.log.read_text().splitlines()]
+    lines = [line for line in every if "loss" in line]
+    scores = [(line["step"], line["mIoU"]) for line in every if line.get("mIoU") is not None]
     steps, losses, rates = ([line[key] for line in lines] for key in ("step", "loss", "learning_rate"))
     window = max(len(losses) // 30, 1)
     smooth = [sum(part) / len(part) for end in range(1, len(losses) + 1) if (part := losses[:end][-window:])]
@@ -32,6 +34,11 @@ def main() -> None:
     right = axes.twinx()
     right.plot(steps, rates, color="tab:gray", linestyle="--", label="learning rate")
     right.set(ylabel="learning rate", ylim=(0, None))
+    if scores:
+        third = axes.twinx()
+        third.spines.right.set_position(("axes", 1.12))
+        third.plot(*zip(*scores, strict=True), color="tab:green", marker="o", label="mIoU")
+        third.set(ylabel="mIoU", ylim=(0, 1))
     figure.legend(loc="upper right", bbox_to_anchor=(0.9, 0.95))
     figure.savefig(options.picture, dpi=100)
 

@@ -122,13 +122,13 @@ class TrainStep:
     def _part(self, images: Tensor, labels: Tensor, keys: Tensor) -> tuple[Losses, dict[str, Tensor]]:
         devices = self.process.devices
         image_parts, label_parts, key_parts = (
-            [part.to(device, non_blocking=True) for part, device in zip(parts, devices, strict=True)]
-            for parts in (
-                [x.contiguous(memory_format=torch.channels_last) for x in images.chunk(len(devices))],
-                labels.chunk(len(devices)),
-                keys.chunk(len(devices)),
-            )
+            [
+                part.to(device, non_blocking=True)
+                for part, device in zip(x.chunk(len(devices)), devices, strict=True)
+            ]
+            for x in (images, labels, keys)
         )
+        image_parts = [part.contiguous(memory_format=torch.channels_last) for part in image_parts]
         if isinstance(self.model, Replicas):
             outputs = self.model(image_parts, key_parts)
         else:

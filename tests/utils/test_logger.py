@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from utils.logger import Logger, side_by_side
 
@@ -19,6 +20,19 @@ def test_log_holds_one_line_a_step_and_resuming_takes_back_what_came_after(tmp_p
         {"step": 30, "loss": 31.0},
     ]
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+def test_several_numbers_of_one_name(tmp_path):
+    with Logger(tmp_path) as logger:
+        logger.scalars(5, {"mIoU": 0.25, "IoU": {"road": 0.5, "bus": None}}, group="val")
+        assert not logger.holds(5, "mIoU")
+    assert json.loads((tmp_path / "log.jsonl").read_text())["IoU"] == {"road": 0.5, "bus": None}
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == {"val/mIoU", "val/IoU/road"}
+    with Logger(tmp_path, step=5) as logger:  # which goes on with the run
+        assert logger.holds(5, "mIoU")
+        assert not logger.holds(5, "loss")
+        assert not logger.holds(4, "mIoU")
 
 
 def test_side_by_side():

@@ -1,0 +1,154 @@
+"""A training step of the recipe, beside the same network as it is usually written: images/s and memory.
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --device cuda --batch 8
+
+"usual" is eager fp32 with contiguous (NCHW) memory, plain BatchNorm and ReLU layers, the tensor formulation
+of the attention, and SGD parameter by parameter. All have the same loss, OHEM on the device. A step is
+forward, loss, backward and update. Medians of rounds in which they take turns; ratios are over "usual".
+Memory is the peak above parameters, gradients and momentum.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cc_attention
+import libs
+from benchmarks.attention import peak_mib, seconds, tensor_formulation
+from benchmarks.memory import PLAIN, network
+from networks import BACKBONES, build_model
+from utils.criterion import build_criterion
+from utils.distributed import Process
+from utils.training import TrainStep, build_optimizer
+
+USUAL = "usual, fp32"
+# name: (amp, checkpoint activations)
+OURS = {
+    "ours, fp32": ("off", False),
+    "ours, bf16": ("bf16", False),
+    "ours, bf16, activations twice": ("bf16", True),
+}
+COLUMNS = ("images/s", "peak MiB")
+
+
+@contextmanager
+def usual_code() -> Iterator[None]:
+    """The network without its savings: all activations held, attention by the tensor formulation."""
+    with (
+        patch("networks.resnet.conv_of_relu", lambda conv, x: conv(F.relu_(x))),
+        patch("networks.resnet.two_blocks", lambda first, second, x: second(first(x))),
+        patch("cc_attention.modules.criss_cross_attention", tensor_formulation),
+    ):
+        yield
+
+
+def build(name: str, options: argparse.Namespace) -> Callable[[], object]:
+    """A function that does one step of the named variant."""
+    device, batch, size = torch.device(options.device), options.batch, options.size
+    torch.manual_seed(0)
+    process = Process((device,))
+    criterion = build_criterion(ohem=True, ohem_keep=50000 * batch)
+    images = 60 * torch.randn(batch, 3, size, size)
+    labels = torch.randint(0, 19, (batch, size, size), dtype=torch.uint8)
+    keys = torch.arange(batch)
+    if device.type == "cuda":
+        images, labels, keys = (x.pin_memory() for x in (images, labels, keys))
+
+    if name == USUAL:
+        model = network(PLAIN, options.backbone, device).to(memory_format=torch.contiguous_format)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-5, 0.9, weight_decay=1e-4)
+        step = TrainStep(Contiguous(model), criterion, optimizer, process)
+    else:
+        amp, twice = OURS[name]
+        model = build_model(backbone=options.backbone, checkpoint_activations=twice)
+        model.to(device, memory_format=torch.channels_last).train()
+        step = TrainStep(model, criterion, build_optimizer(model, 1e-5, 0.9, 1e-4), process, amp)
+    step.start()
+
+    def run() -> object:
+        if name == USUAL:
+            with usual_code():
+                return step(images, labels, keys)
+        return step(images, labels, keys)
+
+    return run
+
+
+class Contiguous(nn.Module):
+    """Hands its images on in contiguous memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, keys: Tensor) -> dict[str, Tensor]:
+        return self.model(images.contiguous(), keys)
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """For each variant images a second and the peak of memory."""
+    device = torch.device(options.device)
+    runs = {name: build(name, options) for name in (USUAL, *OURS)}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    peaks = {}
+    for name, run in runs.items():
+        run()
+        peaks[name] = peak_mib(run, device)
+    for _ in range(options.rounds):
+        for name, run in runs.items():
+            times[name].append(seconds(run, device))
+    return {
+        name: {
+            "images/s": options.batch / statistics.median(times[name]),
+            "peak MiB": peaks[name],
+        }
+        for name in runs
+    }
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    width = max(map(len, results))
+    lines = [" " * width + "".join(f" | {column:>9} {'ratio':>6}" for column in COLUMNS)]
+    for name, row in results.items():
+        cells = [f" | {row[c]:9.3g} {row[c] / results[USUAL][c]:5.2f}x" for c in COLUMNS]
+        lines.append(f"{name:<{width}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--backbone", default="resnet101", choices=BACKBONES)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--size", type=int, default=769, help="height and width of the crops")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the numbers there as well")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU is visible to PyTorch; use --device cpu")
+    results = measure(options)
+    on_gpu = options.device == "cuda"
+    where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
+    print(f"{options.backbone}, {options.batch}×3×{options.size}×{options.size}, {where}")
+    print(f"torch {torch.__version__}; attention: {cc_attention.backend()}; ABN: {libs.backend()}\n")
+    print(table(results))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

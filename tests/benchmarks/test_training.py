@@ -1,0 +1,82 @@
+"""The benchmarks of training, on the smallest sizes: that they run, and measure what they say."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import loader, plot_log, summarise_runs, train_step
+from networks import build_model
+from utils.criterion import build_criterion
+
+
+def run(module, monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+    return capsys.readouterr().out
+
+
+def test_train_step(monkeypatch, capsys, tmp_path):
+    small = ("--backbone", "resnet18", "--size", 33, "--rounds", 1, "--json", tmp_path / "x.json")
+    out = run(train_step, monkeypatch, capsys, *small)
+    results = json.loads((tmp_path / "x.json").read_text())
+    assert list(results) == [train_step.USUAL, *train_step.OURS]
+    assert "1.00x" in out
+    assert all(row[column] > 0 for row in results.values() for column in train_step.COLUMNS)
+
+
+def test_the_usual_code_computes_the_same():
+    torch.manual_seed(0)
+    model = build_model(backbone="resnet50", num_classes=5, norm="abn").double()
+    model.head.cca.gamma.data.fill_(0.5)
+    images, labels, keys = (
+        torch.randn(2, 3, 41, 49).double(),
+        torch.randint(0, 5, (2, 41, 49)),
+        torch.arange(2),
+    )
+    gradients = []
+    for usual in (False, True):
+        model.zero_grad()
+        with train_step.usual_code() if usual else torch.enable_grad():
+            build_criterion()(model(images, keys), labels).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for ours, usual in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, usual, rtol=1e-7, atol=1e-10)
+
+
+def test_loader(monkeypatch, capsys, demo_data, tmp_path):
+    options = ("--data-dir", demo_data, "--crop", 33, "--rounds", 1, "--json", tmp_path / "x.json")
+    out = run(loader, monkeypatch, capsys, *options)
+    results = json.loads((tmp_path / "x.json").read_text())
+    assert f"{results['images_per_second']:.1f} images/s a core" in out
+    whole = 1000 / results["images_per_second"]
+    assert results["read_ms"] + results["augment_ms"] == pytest.approx(whole, rel=0.8)
+
+
+def metrics(path, miou, road, bus):
+    path.write_text(json.dumps({"mIoU": miou, "pixel_accuracy": 0.9, "IoU": {"road": road, "bus": bus}}))
+    return path
+
+
+def test_summary_of_runs(monkeypatch, capsys, tmp_path):
+    files = [metrics(tmp_path / "a", 0.5, 0.8, None), metrics(tmp_path / "b", 0.7, 0.9, 0.25)]
+    out = run(summarise_runs, monkeypatch, capsys, *files, "--json", tmp_path / "x.json")
+    numbers = json.loads((tmp_path / "x.json").read_text())
+    assert numbers["mIoU"] == {"mean": pytest.approx(0.6), "std": pytest.approx(0.02**0.5), "runs": 2}
+    assert numbers["bus"]["runs"] == 1
+    assert "mIoU             60.00 ± 14.14" in out
+    assert "bus              25.00" in out
+    (tmp_path / "c").write_text("{}")
+    for bad, message in ((tmp_path / "c", "not a metrics.json"), (tmp_path / "d", "cannot be read")):
+        with pytest.raises(SystemExit, match=message):
+            run(summarise_runs, monkeypatch, capsys, bad)
+
+
+def test_a_curve_with_evaluations(monkeypatch, capsys, tmp_path):
+    lines = [{"step": s, "loss": 1 / s, "learning_rate": 0.1} for s in range(1, 9)] + [
+        {"step": 8, "mIoU": 0.5}
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(plot_log, monkeypatch, capsys, tmp_path / "log.jsonl", tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
