@@ -3,8 +3,8 @@
     python benchmarks/loader.py
     python benchmarks/loader.py --data-dir /path/to/cityscapes
 
-Without a data folder it draws scenes of 2048×1024 with noise, so that a PNG is about as large as a photograph
-(Cityscapes' images have 2.3 MB on average). One core reads, without workers; the medians of its stages add up
+Without a data folder it draws scenes of 2048×1024 with noise, so that a PNG is no smaller than a photograph
+(3.3 MB; Cityscapes' have 2.3 on average). One core reads, without workers; the medians of its stages add up
 to the whole.
 """
 
@@ -34,7 +34,7 @@ def noisy_scenes(folder: Path, count: int) -> Path:
     generate(folder / "scenes", num_train=count, num_val=1, height=1024, width=2048)
     rng = np.random.default_rng(0)
     for path in (folder / "scenes" / "leftImg8bit").rglob("*.png"):
-        image = cv2.imread(str(path)) + rng.normal(0, 1.2, (1024, 2048, 3))
+        image = cv2.imread(str(path)) + rng.normal(0, 0.8, (1024, 2048, 3))
         cv2.imwrite(str(path), np.clip(np.rint(image), 0, 255).astype(np.uint8))
     return folder / "scenes"
 

@@ -99,7 +99,7 @@ def documented_commands():
 
 @pytest.mark.parametrize("line", documented_commands())
 def test_every_documented_command_is_understood(line):
-    words = shlex.split(line, comments=True)
+    words = shlex.split(line.replace("$seed", "1"), comments=True)
     if words[:2] == ["pip", "install"]:  # the build has tests of its own
         assert words[2:] == ["-e", "."]
         return
