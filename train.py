@@ -231,7 +231,14 @@ def restore(run: Run) -> int:
         may_lack, skip = (HEADS, IMAGENET_CLASSIFIER) if is_backbone else ((), ())
         if args.not_restore_last:
             may_lack, skip = (*may_lack, *CLASSIFIERS), (*skip, *CLASSIFIERS)
-        load_weights(run.network, state, path, may_lack, skip)
+        try:
+            load_weights(run.network, state, path, may_lack, skip)
+        except CheckpointError as error:
+            own = run.network.state_dict()
+            other = [name for name in state if name in own and state[name].shape != own[name].shape]
+            if args.not_restore_last or not other or not all(name.startswith(CLASSIFIERS) for name in other):
+                raise
+            raise CheckpointError(f"{error}; --not-restore-last leaves the classifiers out") from None
         if run.process.is_main:
             new = "heads" if is_backbone else "classifiers" if args.not_restore_last else ""
             print(f"starting from {path}" + f", with new {new} for {args.num_classes} classes" * bool(new))

@@ -84,7 +84,8 @@ def add_data_arguments(
     parser: argparse.ArgumentParser, datasets: Sequence[str], split: str
 ) -> argparse._ArgumentGroup:
     """The flags that say which images and labels are meant; ``split`` is the default one."""
-    workers = min(8, len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = max(1, min(8, cores))
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", type=Path, required=True, help="the data set's folder")
     data.add_argument("--dataset", choices=datasets, help="which data set; guessed from the folder's layout")

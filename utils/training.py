@@ -41,8 +41,8 @@ def build_optimizer(
 class TrainStep:
     """Trains a network by one batch a call.
 
-    The batch is this process's share; it is split over the process's devices. Nothing waits for a device,
-    except the scaler of fp16 that asks whether a gradient overflowed.
+    The batch is this process's share; it is split over the process's devices. Nothing waits for a device: the
+    optimiser finds out there whether fp16 overflowed and the step is to be skipped.
 
     Args:
         model: maps images and the keys of their samples to a dict of logits; on ``process.device``. See also
@@ -79,8 +79,7 @@ class TrainStep:
             compiled: through ``torch.compile``; not for several devices.
             unused_parameters: whether there are parameters that get no gradient.
         """
-        process = self.process
-        model = self._network
+        process, model = self.process, self._network
         if compiled:
             model.compile()
         if len(process.devices) > 1:
@@ -100,24 +99,19 @@ class TrainStep:
             The step's losses, without gradients, and logits (b,N,h,w) of the first b images.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        model, every, logits = self.model, [], []
         batches = list(zip(*(x.chunk(self.accumulate) for x in (images, labels, keys)), strict=True))
-        every: list[Losses] = []
-        logits: list[Tensor] = []
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            model = self.model
+        for number, batch in enumerate(batches, start=1):
+            more = number < len(batches)
             # Processes exchange gradients once, after the last part.
-            with (
-                model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
-            ):
+            with model.no_sync() if more and isinstance(model, DistributedDataParallel) else nullcontext():
                 losses, outputs = self._part(*batch)
-            every.append(Losses(*(x.detach() for x in losses)))
+            every.append(torch.stack(losses).detach())
             logits.append(outputs["out"].detach())
         self.scaler.unscale_(self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        mean = Losses(*(torch.stack(values).mean() for values in zip(*every, strict=True)))
-        return mean, logits[0]
+        return Losses(*torch.stack(every).mean(0)), logits[0]
 
     def _part(self, images: Tensor, labels: Tensor, keys: Tensor) -> tuple[Losses, dict[str, Tensor]]:
         devices = self.process.devices
@@ -191,11 +185,10 @@ class LossWindow:
         seconds = self._seconds + time.perf_counter() - began
         count = len(losses)
         for index, loss in enumerate(losses[:, 0].tolist()):
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"step {step - count + 1 + index}: the loss is {loss}; "
-                    "earlier checkpoints are kept, a lower --learning-rate may help"
-                )
+            if not math.isfinite(loss):  # in all processes alike
+                fault = f"step {step - count + 1 + index}: the loss is {loss}"
+                advice = "earlier checkpoints are kept, a lower --learning-rate may help"
+                self.process.all_well(TrainingError(f"{fault}; {advice}"))
         self._losses, self._seconds = [], 0.0
         loss, head, aux, kept = losses.mean(0).tolist()
         return {

@@ -163,8 +163,10 @@ def test_another_number_of_classes_needs_not_restore_last(call, demo_data, tmp_p
     result = start_from(call, demo_data, tmp_path / "run", tmp_path / "camvid.pth")
     assert result.status == 1
     assert "4 of another shape: head.bottleneck.3.weight (11, 128, 1, 1) instead of (19" in result.error
+    assert result.error.endswith("; --not-restore-last leaves the classifiers out\n")
     result = start_from(call, demo_data, tmp_path / "run", tmp_path / "camvid.pth", "--not-restore-last")
     assert result.status == 0, result.error
+    assert f"starting from {tmp_path / 'camvid.pth'}, with new classifiers for 19 classes" in result.out
 
 
 @pytest.mark.parametrize("flag", ["--freeze-bn", "--ft"])
