@@ -2,7 +2,7 @@
 # Train and evaluate CCNet, set-up included.
 #
 #   ./run_local.sh                                  a few minutes on synthetic streets, on a CPU or a GPU
-#   ./run_local.sh /path/to/cityscapes [OPTION …]   the published recipe on all visible GPUs
+#   ./run_local.sh /path/to/cityscapes [OPTION …]   the published recipe on the visible GPUs
 #
 # OPTIONs go to train.py after the recipe's, so they win. Run again after an interruption, it continues.
 # Variables: BACKBONE=resnet101-imagenet.pth, the ImageNet weights of the recipe ("none": start from random

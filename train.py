@@ -1,11 +1,10 @@
 """Train a segmentation network. Without options: the published recipe on Cityscapes, R=2 with OHEM."""
 
 import argparse
-import itertools
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,11 +52,19 @@ from utils.arguments import (
 )
 from utils.checkpoint import CheckpointError, load_checkpoint, load_weights, model_state
 from utils.criterion import Losses, build_criterion
-from utils.distributed import DeviceError, PeerError, Process, choose_devices, process_group, world_size
+from utils.distributed import (
+    DeviceError,
+    PeerError,
+    Process,
+    choose_devices,
+    is_out_of_memory,
+    process_group,
+    world_size,
+)
 from utils.evaluation import evaluate
 from utils.inference import sliding
 from utils.interruption import Interruption
-from utils.logger import Logger, side_by_side
+from utils.logger import Logger, duration, side_by_side, was_logged
 from utils.metrics import ConfusionMatrix
 from utils.provenance import describe, record
 from utils.resumption import check_same_start, resume, state_of
@@ -114,6 +121,11 @@ def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
     """What the flags must fulfil together."""
     if args.start_iters >= args.num_steps:
         parser.error(f"--start-iters {args.start_iters} is not below --num-steps {args.num_steps}")
+    if args.not_restore_last and args.restore_from is None:
+        parser.error("--not-restore-last goes with --restore-from")
+    if (args.val_list or args.val_split) and not args.val_every:
+        parser.error("--val-list and --val-split go with --val-every")
+    args.val_split = args.val_split or "val"
     gpus = args.gpu.count(",") + 1
     if gpus > 1 and args.compile:
         parser.error(f"--compile does not go with --gpu {args.gpu}; use torchrun, a process for each GPU")
@@ -158,13 +170,12 @@ def main(args: argparse.Namespace) -> None:
             run = build(args, process)
             first_step = restore(run)
         check_same_start(process, args.images, first_step)
-        with process.together():
-            if process.is_main:
-                prepare(run, first_step)
-        if first_step < args.num_steps:
+        with ExitStack() as stack:
+            with process.together():
+                if process.is_main:
+                    stack.enter_context(run.snapshots.locked())
+                    prepare(run, first_step)
             train(run, first_step)
-        elif process.is_main:
-            print(f"the run is complete: all {args.num_steps} steps are done")
     if run.interruption.signum:
         sys.exit(128 + run.interruption.signum)
 
@@ -176,6 +187,7 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     validation = validation_pairs(source, args) if args.val_every else []
     args.dataset, args.num_classes = source.name, source.table.num_classes
     args.images = fingerprint(pairs, args.data_dir)
+    args.val_images = fingerprint(validation, args.data_dir)
     transform = TrainTransform(args.input_size, args.random_scale, args.random_mirror, args.ignore_label)
     dataset = TrainDataset(pairs, source.table, transform, args.random_seed)
 
@@ -251,12 +263,16 @@ def prepare(run: Run, first_step: int) -> None:
     # Weights and statistics, momentum, and a tenth for the rest.
     entries = [*run.network.state_dict().values(), *run.network.parameters()]
     checkpoint_bytes = int(1.1 * sum(x.numel() * x.element_size() for x in entries)) + 2**16
-    to_come = -(-(args.num_steps - first_step) // args.save_pred_every) + (args.val_every > 0)
-    if first_step == args.num_steps:
-        to_come = 0
-    run.snapshots.prepare(first_step, args.resume is not None, checkpoint_bytes, to_come)
+    steps = max(args.num_steps - first_step, 0)
+    run.snapshots.prepare(
+        first_step,
+        args.resume is not None,
+        checkpoint_bytes,
+        to_come=-(-steps // args.save_pred_every),
+        best=steps > 0 and args.val_every > 0,
+    )
     print_summary(run, first_step)
-    if to_come:
+    if steps:
         start = describe(settings_of(args)) | {"first_step": first_step, "processes": run.process.world_size}
         record(args.snapshot_dir / "run.json", start, continues=first_step > args.start_iters)
 
@@ -285,22 +301,31 @@ def print_summary(run: Run, first_step: int) -> None:
         f"steps     {first_step} → {args.num_steps} of {args.batch_size} images, {epochs:.4g} epochs in all\n"
         f"writes    {args.snapshot_dir}/ (checkpoints, run.json, log.jsonl, TensorBoard events)"
     )
-    if args.restore_from is None and args.resume is None:
+    if args.restore_from is None and first_step == args.start_iters:
         print("note      no --restore-from: the backbone starts from random weights, not from ImageNet")
 
 
 def train(run: Run, first_step: int) -> None:
     """The loop over the steps that are left, or until a signal comes."""
     args, process = run.args, run.process
+    # A kill may have come between a checkpoint and its evaluation.
+    missed = is_due(args.val_every, first_step) and not was_logged(args.snapshot_dir, first_step, "mIoU")
+    missed = process.gather(missed)[0]
+    if first_step >= args.num_steps and not missed:
+        if process.is_main:
+            print(f"the run is complete: {first_step} steps are done, --num-steps is {args.num_steps}")
+        return
+    if args.val_every:
+        best = run.snapshots.best_miou(args.val_images) if process.is_main else None
+        run.best_miou = process.gather(best)[0]
     sampler = StepSampler(
         args.batch_size, first_step, args.num_steps, process.rank, process.world_size, args.accumulate
     )
     batches = load(run.dataset, args.num_workers, sampler, pin_memory=process.device.type == "cuda")
-    run.best_miou = process.gather(run.snapshots.best_miou() if process.is_main else None)[0]
     # Without a round of attention its layer has parameters that get no gradient.
     run.step.start(args.compile, unused_parameters=args.recurrence == 0)
     window = LossWindow(process, args.batch_size)
-    done = saved = first_step
+    done = saved = logged = first_step
     with (
         run.interruption,
         Logger(args.snapshot_dir, first_step) if process.is_main else nullcontext() as logger,
@@ -308,9 +333,7 @@ def train(run: Run, first_step: int) -> None:
             total=args.num_steps, initial=first_step, disable=logger is None, unit="step", mininterval=1
         ) as progress,
     ):
-        if is_due(args.val_every, first_step) and not process.largest(
-            logger.holds(first_step, "mIoU") if logger else 0
-        ):  # a kill came between a checkpoint and its evaluation
+        if missed:
             validate(run, first_step, logger)
         for step in range(first_step + 1, args.num_steps + 1):
             window.begin()
@@ -328,6 +351,7 @@ def train(run: Run, first_step: int) -> None:
             save_now = is_due(args.save_pred_every, step) or step == args.num_steps
             if save_now or is_due(LOG_EVERY, step):
                 log(run, step, window.read(step), logger, progress)
+                logged = step
             if logger and is_due(max(args.num_steps // PICTURES, 1), step):
                 show(run, step, *batch, logits, logger)
             if save_now:
@@ -335,10 +359,12 @@ def train(run: Run, first_step: int) -> None:
                 saved = step
             if is_due(args.val_every, step):
                 validate(run, step, logger)
-        if done > saved:
-            if done % LOG_EVERY:
-                window.read(done)  # a checkpoint is written of sound weights only
+        if done > saved:  # a signal came
+            if done > logged:
+                log(run, done, window.read(done), logger, progress)
             save(run, done)
+        elif done == args.num_steps and process.is_main:
+            run.snapshots.prune()
     if run.interruption.signum and process.is_main:
         print(f"stopped after step {done}; --resume continues from there", file=sys.stderr)
 
@@ -360,7 +386,8 @@ def next_batch(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tens
     state = run.process.largest(run.interruption.signum if fault is None else FAILED)
     if state == FAILED:
         run.process.all_well(fault)
-    run.interruption.signum = state
+    if state:  # not else: a signal may have come since
+        run.interruption.signum = state
     return None if state else batch
 
 
@@ -369,7 +396,7 @@ def take(run: Run, step: int, images: Tensor, labels: Tensor, keys: Tensor) -> t
     try:
         return run.step(images, labels, keys)
     except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+        if not is_out_of_memory(error):
             raise
         raise TrainingError(
             f"step {step}: out of memory; lower --batch-size or --input-size, or try --accumulate 2, "
@@ -386,6 +413,7 @@ def log(run: Run, step: int, values: dict[str, Any], logger: Logger | None, prog
         tqdm.write(
             f"time      about {duration(seconds)} to come, at {values['images_per_second']:.3g} images/s"
         )
+    run.snapshots.prune()  # losses are sound, so are the weights they come from
     norm = run.step.gradient_norm().item()
     values |= {
         "learning_rate": run.optimizer.param_groups[0]["lr"],
@@ -394,15 +422,6 @@ def log(run: Run, step: int, values: dict[str, Any], logger: Logger | None, prog
     }
     logger.scalars(step, values)
     progress.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['learning_rate']:.2e}")
-
-
-def duration(seconds: float) -> str:
-    """In the two largest of its units."""
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min" if minutes else f"{seconds:.0f} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
 
 
 def save(run: Run, step: int) -> None:
@@ -426,34 +445,27 @@ def validate(run: Run, step: int, logger: Logger | None) -> None:
         pin_memory=process.device.type == "cuda",
     )
     with process.together():
-        evaluate(predict, until_signal(samples, run.interruption), matrix, process.device)
+        evaluate(predict, run.interruption.until(samples, DataError), matrix, process.device)
     if process.largest(run.interruption.signum):
         return  # it is made up for when the run goes on
     matrix.counts = process.sum(matrix.counts)
-    summary = matrix.summary(run.source.table.names)
-    del summary["confusion_matrix"]
     miou = matrix.mean_iou()
+    if math.isnan(miou):
+        raise DataError("no labelled pixel in the images of --val-every, so there are no scores")
+    scores = matrix.summary(run.source.table.names)
+    del scores["confusion_matrix"]
     is_best = miou > run.best_miou
-    if logger:
-        logger.scalars(step, {**summary}, group="val")
-        best = "the best so far" if is_best else f"best {100 * run.best_miou:.2f}"
-        tqdm.write(f"step {step}: mIoU {100 * miou:.2f} over {len(run.validation)} images, {best}")
     if is_best:
-        run.best_miou = miou
         checkpoint = state_of(run.network, run.step, process, step, settings_of(args))
-        checkpoint["validation"] = {"step": step, **summary}
+        checkpoint["validation"] = {"step": step, "images": args.val_images, **scores}
         with process.together():
             if process.is_main:
                 run.snapshots.save_best(checkpoint)
-
-
-def until_signal(samples: Iterator[Any], interruption: Interruption) -> Iterator[Any]:
-    """The samples up to a signal, which may also have ended the workers that read them."""
-    try:
-        yield from itertools.takewhile(lambda _: not interruption.signum, samples)
-    except DataError:
-        if not interruption.signum:
-            raise
+    if logger:  # now, so that a kill before leaves the evaluation to be made up for
+        logger.scalars(step, scores, group="val")
+        best = "the best so far" if is_best else f"best {100 * run.best_miou:.2f}"
+        tqdm.write(f"step {step}: mIoU {100 * miou:.2f} over {len(run.validation)} images, {best}")
+    run.best_miou = max(miou, run.best_miou)
 
 
 def show(run: Run, step: int, images: Tensor, labels: Tensor, logits: Tensor, logger: Logger) -> None:

@@ -4,8 +4,7 @@
     python benchmarks/loader.py --data-dir /path/to/cityscapes
 
 Without a data folder it draws scenes of 2048×1024 with noise, so that a PNG is no smaller than a photograph
-(3.3 MB; Cityscapes' have 2.3 on average). One core reads, without workers; the medians of its stages add up
-to the whole.
+(3.3 MB; Cityscapes' have 2.3 on average). One core reads, without workers.
 """
 
 import argparse
@@ -22,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import TrainTransform, find_source, pairs_of
+from dataset import DataError, TrainTransform, find_source, pairs_of
 from dataset.demo import generate
 from dataset.files import read_sample
 
@@ -75,7 +74,10 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         data = options.data_dir or noisy_scenes(Path(folder), 12)
-        results = measure(data, (options.crop, options.crop), options.rounds)
+        try:
+            results = measure(data, (options.crop, options.crop), options.rounds)
+        except DataError as error:
+            parser.error(str(error))
     print("image {image_mb:.1f} MB   read {read_ms:.0f} ms   augment {augment_ms:.0f} ms".format(**results))
     rate = results["images_per_second"]
     print(f"{rate:.1f} images/s a core\n")

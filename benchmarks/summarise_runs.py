@@ -22,10 +22,10 @@ def load(path: Path) -> dict[str, Any]:
     return metrics
 
 
-def summarise(runs: list[dict[str, Any]]) -> dict[str, tuple[float, float, int]]:
+def summarise(runs: list[dict[str, Any]]) -> dict[str, tuple[float, float | None, int]]:
     """For each class, the mean IoU and the pixel accuracy: mean, standard deviation and number of runs.
 
-    The deviation is the sample's (n - 1). A class that a run has no pixel of is left out there.
+    The deviation is the sample's (n - 1), None for one run. A class is left out of runs without its pixels.
     """
     rows = {name: [run["IoU"][name] for run in runs] for name in runs[0]["IoU"]}
     rows |= {name: [run[name] for run in runs] for name in ("mIoU", "pixel_accuracy")}
@@ -33,7 +33,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, tuple[float, float, int]]
     for name, values in rows.items():
         there = [value for value in values if value is not None]
         if there:
-            deviation = statistics.stdev(there) if len(there) > 1 else float("nan")
+            deviation = statistics.stdev(there) if len(there) > 1 else None
             summary[name] = (statistics.mean(there), deviation, len(there))
     return summary
 
@@ -52,9 +52,9 @@ def main() -> None:
     width = max(map(len, summary))
     print(f"{'':<{width}}    mean ± std   of {len(runs)} runs, in per cent")
     for name, (mean, deviation, count) in summary.items():
-        spread = f"± {100 * deviation:.2f}" if count > 1 else "      "
+        spread = "" if deviation is None else f"± {100 * deviation:.2f}"
         fewer = f"   {count} runs" if count < len(runs) else ""
-        print(f"{name:<{width}}  {100 * mean:6.2f} {spread}{fewer}")
+        print(f"{name:<{width}}  {100 * mean:6.2f} {spread:<7}{fewer}".rstrip())
     if options.json:
         numbers = {name: {"mean": mean, "std": std, "runs": n} for name, (mean, std, n) in summary.items()}
         options.json.write_text(json.dumps(numbers, indent=1) + "\n")

@@ -129,8 +129,14 @@ def load(
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=_leave_signals_to_the_run,
     )
+    handler = signal.getsignal(signal.SIGCHLD)
     try:
-        yield from loader
+        batches = iter(loader)
+        if num_workers:
+            # PyTorch would raise a worker's death wherever the main process is, in the midst of a step or of
+            # writing a checkpoint. Whoever waits for the next batch notices it as well.
+            signal.signal(signal.SIGCHLD, handler)
+        yield from batches
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.distributed import leave, world_size
+from utils.distributed import is_out_of_memory, leave, world_size
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -165,7 +165,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, precisions: Sequence
         metavar="N",
         help="steps between evaluations, of which the best checkpoint is kept; 0: none",
     )
-    run.add_argument("--val-split", default="val", help="what is evaluated there, without --val-list")
+    run.add_argument("--val-split", help="the split evaluated there; val")
     run.add_argument("--val-list", type=Path, help="list file of what is evaluated there")
     run.add_argument("--save-num-images", type=count, default=2, help="images a time in TensorBoard")
     run.add_argument(
@@ -197,10 +197,13 @@ def exit_on(
         status = 130
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 0
-    except Exception:
-        if world_size() == 1:
+    except Exception as error:
+        if is_out_of_memory(error):
+            print(f"{program}: error: {where}out of memory; take smaller batches or tiles", file=sys.stderr)
+        elif world_size() == 1:
             raise
-        traceback.print_exc()
+        else:
+            traceback.print_exc()
         status = 1
     if status or world_size() > 1:
         leave(status)

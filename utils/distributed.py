@@ -174,5 +174,10 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the CPU had no more memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def _is_broken_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)

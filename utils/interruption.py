@@ -2,8 +2,12 @@
 
 import os
 import signal
+from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Interruption:
@@ -26,6 +30,14 @@ class Interruption:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def until(self, samples: Iterable[T], fault: type[Exception]) -> Iterator[T]:
+        """The samples up to a signal, which may end those who read them with ``fault``."""
+        try:
+            yield from takewhile(lambda _: not self.signum, samples)
+        except fault:
+            if not self.signum:
+                raise
 
     def _note(self, signum: int, _: FrameType | None) -> None:
         if signum == signal.SIGINT == self.signum:

@@ -18,9 +18,8 @@ class Logger:
 
     def __init__(self, directory: Path, step: int = 0) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "log.jsonl"
+        self._path = path = directory / "log.jsonl"
         kept = [line for line in _lines(path) if _step_of(line) <= step] if step else []
-        self._held = {(_step_of(line), name) for line in kept for name in json.loads(line)}
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(path)
@@ -32,18 +31,17 @@ class Logger:
 
         A value may be a dict of values; a None is in the file only.
         """
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
         for name, value in values.items():
             several = value.items() if isinstance(value, dict) else [(None, value)]
             for part, number in several:
                 if number is not None:
                     path = f"{group}/{name}" if part is None else f"{group}/{name}/{part}"
                     self._events.add_scalar(path, number, step)
-
-    def holds(self, step: int, name: str) -> bool:
-        """Whether a line of the run that this one continues has that value at that step."""
-        return (step, name) in self._held
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """A picture (H,W,3) uint8 RGB in TensorBoard."""
@@ -55,6 +53,21 @@ class Logger:
     def __exit__(self, *_: object) -> None:
         self._file.close()
         self._events.close()
+
+
+def was_logged(directory: Path, step: int, name: str) -> bool:
+    """Whether the log of a folder has a value of that name at that step."""
+    lines = [line for line in _lines(directory / "log.jsonl") if _step_of(line) == step]
+    return any(name in json.loads(line) for line in lines)
+
+
+def duration(seconds: float) -> str:
+    """In the two largest of its units."""
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min" if minutes else f"{seconds:.0f} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
 
 
 def side_by_side(*pictures: np.ndarray) -> np.ndarray:

@@ -1,8 +1,11 @@
 """The checkpoints of a run: a folder of ``<prefix>_<step>.pth`` and ``<prefix>_best.pth``."""
 
+import fcntl
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 
 class Snapshots:
-    """Saves a run's checkpoints, and removes old ones once a newer one is known to be good.
+    """Saves a run's checkpoints, and removes old ones.
 
     Args:
         directory: where they are.
@@ -23,8 +26,9 @@ class Snapshots:
         self.best_path = directory / f"{prefix}_best.pth"
 
     def newest(self) -> Path | None:
-        """The checkpoint of the highest step."""
-        return newest_checkpoint(self.directory, self.prefix)
+        """The checkpoint of the highest step; the best, if no other has been written yet."""
+        best = self.best_path if self.best_path.is_file() else None
+        return newest_checkpoint(self.directory, self.prefix) or best
 
     def save(self, contents: dict[str, Any], step: int) -> Path:
         """Write the checkpoint of a step.
@@ -34,30 +38,61 @@ class Snapshots:
         """
         path = self.directory / f"{self.prefix}_{step}.pth"
         save_checkpoint(contents, path)
+        return path
+
+    def prune(self) -> None:
+        """Remove those that ``keep_last`` does not keep; once training has gone on from the newest."""
         if self.keep_last:
             for old in checkpoints(self.directory, self.prefix)[: -self.keep_last]:
                 old.unlink()
-        return path
 
     def save_best(self, contents: dict[str, Any]) -> Path:
         """Write the best checkpoint in place of the one before; ``contents["validation"]`` says how good."""
         save_checkpoint(contents, self.best_path)
         return self.best_path
 
-    def best_miou(self) -> float:
-        """The mIoU of the best checkpoint, -1 if there is none."""
+    def best_miou(self, images: str) -> float:
+        """The mIoU of the best checkpoint on those images (a fingerprint), -1 if there is none."""
         if not self.best_path.is_file():
             return -1.0
-        return float(load_checkpoint(self.best_path).get("validation", {}).get("mIoU", -1.0))
+        validation = load_checkpoint(self.best_path).get("validation", {})
+        return float(validation["mIoU"]) if validation.get("images") == images else -1.0
 
-    def prepare(self, first_step: int, resuming: bool, checkpoint_bytes: int, to_come: int) -> None:
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within it no other run can do the same in this folder.
+
+        Raises:
+            CheckpointError: another one is in it.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            folder = os.open(self.directory, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{self.directory}: cannot hold checkpoints ({error.strerror})") from None
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise CheckpointError(f"{self.directory}: another run is writing there") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            os.close(folder)
+
+    def prepare(
+        self, first_step: int, resuming: bool, checkpoint_bytes: int, to_come: int, best: bool = False
+    ) -> None:
         """Find out before training whether the checkpoints of a run from ``first_step`` have a place here.
 
         Args:
             first_step: steps that are done.
             resuming: whether the run goes on; otherwise nothing of another may be here.
             checkpoint_bytes: about the size of one.
-            to_come: how many will be written.
+            to_come: how many will be written, besides the best.
+            best: whether the best will be written.
 
         Raises:
             CheckpointError: another run's checkpoints are here, or the folder has no room.
@@ -78,9 +113,10 @@ class Snapshots:
             )
         for left_over in self.directory.glob(f"{self.prefix}_*.tmp"):  # by a kill
             left_over.unlink()
-        # A new one is written before an old one goes.
-        count = min(to_come, self.keep_last + 1) if self.keep_last else to_come
-        check_room(self.directory, checkpoint_bytes, count)
+        if self.keep_last:  # a new one is written before an old one goes
+            present = len(checkpoints(self.directory, self.prefix))
+            to_come = min(to_come, max(self.keep_last + 1 - present, 1))
+        check_room(self.directory, checkpoint_bytes, to_come + best)
 
 
 def checkpoints(directory: Path, prefix: str = "") -> list[Path]:
@@ -100,14 +136,14 @@ def step_of(path: Path) -> int:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The file itself, or the newest checkpoint of a folder.
+    """The file itself, or the newest checkpoint of a folder; its best, if there is no other.
 
     Raises:
         CheckpointError: the folder has none.
     """
     if not path.is_dir():
         return path
-    newest = newest_checkpoint(path)
+    newest = newest_checkpoint(path) or next(path.glob("*_best.pth"), None)
     if newest is None:
         raise CheckpointError(f"{path}: no checkpoint <name>_<step>.pth in this folder")
     return newest
@@ -138,7 +174,7 @@ def check_room(directory: Path, checkpoint_bytes: int, count: int) -> None:
     if free < count * checkpoint_bytes:
         raise CheckpointError(
             f"{directory}: {_megabytes(free)} free, but {count} checkpoints of "
-            f"{_megabytes(checkpoint_bytes)} are to come; make room or raise --save-pred-every"
+            f"{_megabytes(checkpoint_bytes)} are to come; make room or see --save-pred-every and --keep-last"
         )
 
 

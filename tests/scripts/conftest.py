@@ -1,11 +1,13 @@
 """Running the scripts as users do."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,6 +19,16 @@ class Result(NamedTuple):
     status: int
     out: str
     error: str
+
+
+def log_of(folder):
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same_tensors(left, right):
+    """Whether two state dicts have the same bits."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.fixture

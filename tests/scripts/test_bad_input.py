@@ -10,6 +10,7 @@ from PIL import Image
 from networks import build_model
 from tests.samples import write_pair
 from tests.scripts.conftest import ROOT, SMALL
+from utils.snapshots import Snapshots
 
 
 class Unpickled:
@@ -65,6 +66,12 @@ def test_usage(call, script, arguments, message, demo_data, monkeypatch):
         (("--ohem-thres", "2"), "--ohem-thres: expected a number at least 0 and at most 1"),
         (("--ohem", "perhaps"), "--ohem: expected true or false, got 'perhaps'"),
         (("--save-pred-every", "0"), "--save-pred-every: expected a whole number at least 1"),
+        (("--not-restore-last",), "--not-restore-last goes with --restore-from"),
+        (("--val-list", "val.lst"), "--val-list and --val-split go with --val-every"),
+        (("--gpu", "0,1", "--compile"), "--compile does not go with --gpu 0,1; use torchrun"),
+        (("--checkpoint-activations", "--compile"), "--checkpoint-activations does not go with --compile"),
+        (("--gpu", "0,1,2"), "--batch-size 8 cannot be split over 3 GPUs"),
+        (("--amp", "fp8"), "--amp: invalid choice: 'fp8'"),
     ],
 )
 def test_usage_of_training(call, arguments, message, demo_data):
@@ -161,7 +168,7 @@ def test_snapshots_that_cannot_be_written(call, demo_data, tmp_path):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "run"
     result = call("train.py", "--data-dir", demo_data, "--snapshot-dir", folder, *SMALL)
-    assert f"{folder}: cannot write a checkpoint of " in one_line(result, "train.py", 1)
+    assert f"{folder}: cannot hold checkpoints (Not a directory)" in one_line(result, "train.py", 1)
 
 
 def test_no_room_is_found_before_training(demo_data, tmp_path):
@@ -183,3 +190,18 @@ def test_a_loss_that_is_not_finite_ends_the_run(call, demo_data, tmp_path):
     line = one_line(result, "train.py", 1)
     assert "the loss is " in line
     assert "earlier checkpoints are kept" in line
+
+
+def test_a_step_that_needs_more_memory_than_there_is(call, demo_data, tmp_path, monkeypatch):
+    def full(self, *inputs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("networks.ccnet.CCNet.forward", full)
+    result = call("train.py", "--data-dir", demo_data, "--snapshot-dir", tmp_path / "run", *SMALL)
+    assert "step 1: out of memory; lower --batch-size or" in one_line(result, "train.py", 1)
+
+
+def test_two_runs_in_one_folder(call, demo_data, tmp_path):
+    with Snapshots(tmp_path, "CS_scenes").locked():
+        result = call("train.py", "--data-dir", demo_data, "--snapshot-dir", tmp_path, *SMALL)
+    assert f"{tmp_path}: another run is writing there" in one_line(result, "train.py", 1)

@@ -1,6 +1,5 @@
 """Training on several devices: the numbers are those of one process."""
 
-import json
 import os
 import shutil
 import socket
@@ -10,14 +9,9 @@ import sys
 import pytest
 import torch
 
-from tests.scripts.conftest import ROOT, SMALL
+from tests.scripts.conftest import ROOT, SMALL, log_of
 from tests.scripts.processes import Processes
 from utils.checkpoint import load_checkpoint
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
 
 # At a usual rate rounding grows from step to step: ReLUs switch, and weights are random yet.
 SLOW = ("--learning-rate", 1e-5, "--num-steps", 4, "--save-pred-every", 1)

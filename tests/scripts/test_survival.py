@@ -1,18 +1,18 @@
 """Runs that are interrupted, killed, or meet a fault, alone and as one of two processes: nothing is lost,
 all end, and a resumed run ends with the same bits."""
 
-import json
 import os
 import resource
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.samples import write_pair
-from tests.scripts.conftest import SMALL
+from tests.scripts.conftest import SMALL, log_of, same_tensors
 from tests.scripts.processes import Processes
 from utils.checkpoint import load_checkpoint
 from utils.snapshots import newest_checkpoint
@@ -27,16 +27,8 @@ def start(data, folder, *more, count=1):
     return Processes(folder.parent / "output", "train.py", *options, count=count)
 
 
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def losses(folder):
     return {line["step"]: line["loss"] for line in log_of(folder) if "loss" in line}
-
-
-def same_tensors(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def assert_same_run(folder, other, step):
@@ -114,6 +106,37 @@ def test_a_signal_to_all_processes_of_the_run_workers_included(demo_data, tmp_pa
     step = load_checkpoint(newest_checkpoint(folder))["step"]
     assert step >= max(losses(folder))
     assert "error" not in run.error(0) + run.error(1)
+
+
+def test_a_signal_while_the_processes_agree_is_not_lost(demo_data, tmp_path, monkeypatch, call):
+    def largest(self, value):
+        if (tmp_path / "log.jsonl").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return value
+
+    monkeypatch.setattr("utils.distributed.Process.largest", largest)
+    options = (
+        "--data-dir",
+        demo_data,
+        "--snapshot-dir",
+        tmp_path,
+        *SMALL,
+        "--batch-size",
+        2,
+        "--num-steps",
+        50,
+    )
+    assert call("train.py", *options).status == 143
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_dies_within_a_step(demo_data, tmp_path, workers):
+    folder = tmp_path / "run"
+    run = start(demo_data, folder, *LONG, "--num-workers", workers, "--input-size", "300,400")
+    run.until(lambda: (folder / "log.jsonl").exists() and children(run.processes[0].pid))
+    time.sleep(1.5)  # longer than it takes to read, shorter than a step or two
+    os.kill(children(run.processes[0].pid)[0], signal.SIGKILL)
+    assert_all_ended(run, 1, "a worker process that reads the data died")
 
 
 def test_a_second_interrupt_does_not_wait_for_the_step(demo_data, tmp_path):

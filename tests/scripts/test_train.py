@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import signal
 
 import pytest
 import torch
@@ -11,17 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from libs import ABN
 from networks import build_model
-from tests.scripts.conftest import SMALL
+from tests.scripts.conftest import SMALL, log_of, same_tensors
 from tests.scripts.processes import Processes
 from utils.checkpoint import load_checkpoint
-
-
-def same_tensors(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_what_a_run_leaves(call, demo_data, tmp_path):
@@ -73,7 +64,7 @@ def test_resuming_a_finished_run_and_changed_settings(call, demo_data, trained):
     options = ("--data-dir", demo_data, "--snapshot-dir", trained.parent, *SMALL, "--resume")
     result = call("train.py", *options, "--batch-size", 2, "--num-steps", 2)
     assert result.status == 0
-    assert "the run is complete: all 2 steps are done" in result.out
+    assert "the run is complete: 2 steps are done, --num-steps is 2" in result.out
     assert "settings changed" not in result.out
     result = call("train.py", *options, "--batch-size", 4, "--num-steps", 2)
     assert "these settings changed: batch_size 2 → 4" in result.out
@@ -320,33 +311,24 @@ def test_the_best_checkpoint_is_kept_and_the_last_ones(call, demo_data, validate
     )
 
 
-def test_a_validation_that_was_interrupted_is_made_up_for(call, demo_data, tmp_path):
+@pytest.mark.parametrize("last", [False, True])
+def test_a_validation_that_was_interrupted_is_made_up_for(call, demo_data, tmp_path, monkeypatch, last):
+    """Killed between a checkpoint and the end of its evaluation, perhaps the run's last."""
     options = ("--data-dir", demo_data, *SMALL, "--batch-size", 2, "--save-pred-every", 2, "--val-every", 2)
-    run = Processes(
-        tmp_path,
-        "train.py",
-        *options,
-        "--snapshot-dir",
-        tmp_path / "a",
-        "--num-steps",
-        10**4,
-        "--keep-last",
-        1,
-    )
-    run.until(lambda: (tmp_path / "a" / "CS_scenes_2.pth").exists())
-    run.kill(signal.SIGKILL)
-    run.wait()
-    (tmp_path / "a" / "CS_scenes_best.pth").unlink(missing_ok=True)
-    log = (tmp_path / "a" / "log.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "a" / "log.jsonl").write_text(log[0])
-    result = call(
-        "train.py", *options, "--snapshot-dir", tmp_path / "a", "--num-steps", 10**4, "--resume", "x"
-    )
-    assert result.status == 1  # no such checkpoint
-    step = json.loads(log[0])["step"]
-    result = call("train.py", *options, "--snapshot-dir", tmp_path / "a", "--num-steps", step + 1, "--resume")
+    options += ("--snapshot-dir", tmp_path, "--num-steps", 2 if last else 3)
+
+    def killed(self, checkpoint):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("utils.snapshots.Snapshots.save_best", killed)
+        assert call("train.py", *options).status == 130
+    assert {path.name for path in tmp_path.glob("*.pth")} == {"CS_scenes_2.pth"}
+    result = call("train.py", *options, "--resume")
     assert result.status == 0, result.error
-    assert [line["step"] for line in log_of(tmp_path / "a") if "mIoU" in line] == [step]
+    assert [line["step"] for line in log_of(tmp_path) if "mIoU" in line] == [2]
+    assert load_checkpoint(tmp_path / "CS_scenes_best.pth")["step"] == 2
+    assert "the run is complete" in call("train.py", *options, "--resume").out
 
 
 def test_validation_needs_labels_and_a_split(call, list_data, tmp_path):

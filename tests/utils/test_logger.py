@@ -1,9 +1,10 @@
 import json
 
 import numpy as np
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.logger import Logger, side_by_side
+from utils.logger import Logger, duration, side_by_side, was_logged
 
 
 def test_log_holds_one_line_a_step_and_resuming_takes_back_what_came_after(tmp_path):
@@ -25,14 +26,20 @@ def test_log_holds_one_line_a_step_and_resuming_takes_back_what_came_after(tmp_p
 def test_several_numbers_of_one_name(tmp_path):
     with Logger(tmp_path) as logger:
         logger.scalars(5, {"mIoU": 0.25, "IoU": {"road": 0.5, "bus": None}}, group="val")
-        assert not logger.holds(5, "mIoU")
     assert json.loads((tmp_path / "log.jsonl").read_text())["IoU"] == {"road": 0.5, "bus": None}
     events = EventAccumulator(str(tmp_path)).Reload()
     assert set(events.Tags()["scalars"]) == {"val/mIoU", "val/IoU/road"}
-    with Logger(tmp_path, step=5) as logger:  # which goes on with the run
-        assert logger.holds(5, "mIoU")
-        assert not logger.holds(5, "loss")
-        assert not logger.holds(4, "mIoU")
+    assert was_logged(tmp_path, 5, "mIoU")
+    assert not was_logged(tmp_path, 5, "loss")
+    assert not was_logged(tmp_path, 4, "mIoU")
+    assert not was_logged(tmp_path / "none", 5, "mIoU")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(20, "20 s"), (90, "2 min"), (5400, "1 h 30 min"), (100 * 3600, "4 d 4 h")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_side_by_side():

@@ -5,7 +5,7 @@ import torch
 
 from utils import snapshots as module
 from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.snapshots import Snapshots, check_room, checkpoints, newest_checkpoint
+from utils.snapshots import Snapshots, check_room, checkpoints, find_checkpoint, newest_checkpoint
 
 
 def test_newest_is_the_highest_step_not_the_last_name(tmp_path):
@@ -42,11 +42,14 @@ def test_old_ones_go_and_the_best_stays(tmp_path, keep, left):
     (tmp_path / "other_1.pth").touch()
     for step in (3, 5, 7, 9):
         snapshots.save(contents(step), step)
+        assert (tmp_path / f"run_{step}.pth").exists()
+        snapshots.prune()
         if step == 5:
-            snapshots.save_best(contents(step, validation={"step": 5, "mIoU": 0.25}))
+            snapshots.save_best(contents(step, validation={"step": 5, "mIoU": 0.25, "images": "a"}))
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"other_1.pth", "run_best.pth"} | {f"run_{step}.pth" for step in left}
-    assert snapshots.best_miou() == 0.25
+    assert snapshots.best_miou("a") == 0.25
+    assert snapshots.best_miou("b") == -1  # cannot be compared
     assert load_checkpoint(snapshots.best_path)["step"] == 5
     assert snapshots.newest().name == "run_9.pth"
 
@@ -65,7 +68,17 @@ def test_a_failed_save_removes_nothing(tmp_path, monkeypatch):
 
 
 def test_no_best_yet(tmp_path):
-    assert Snapshots(tmp_path, "run").best_miou() == -1
+    assert Snapshots(tmp_path, "run").best_miou("a") == -1
+
+
+def test_the_best_is_all_there_is(tmp_path):
+    """Where a run was killed after an evaluation and before its first checkpoint."""
+    snapshots = Snapshots(tmp_path, "run")
+    assert snapshots.newest() is None
+    snapshots.save_best(contents(5))
+    assert snapshots.newest() == find_checkpoint(tmp_path) == tmp_path / "run_best.pth"
+    snapshots.save(contents(3), 3)
+    assert snapshots.newest() == find_checkpoint(tmp_path) == tmp_path / "run_3.pth"
 
 
 @pytest.mark.parametrize("name", ["run_7.pth", "run_best.pth", "other_7.pth"])
@@ -88,3 +101,8 @@ def test_room_for_those_that_are_kept_is_enough(tmp_path, monkeypatch):
     Snapshots(tmp_path, "run", keep_last=2).prepare(0, False, 1000, 12)
     with pytest.raises(CheckpointError, match="but 12 checkpoints"):
         Snapshots(tmp_path, "run").prepare(0, False, 1000, 12)
+    with pytest.raises(CheckpointError, match="but 4 checkpoints"):
+        Snapshots(tmp_path, "run", keep_last=2).prepare(0, False, 1000, 12, best=True)
+    for step in (1, 2):  # there already, and one of them goes
+        (tmp_path / f"run_{step}.pth").touch()
+    Snapshots(tmp_path, "run", keep_last=2).prepare(2, True, 1000, 12, best=True)
