@@ -158,7 +158,7 @@ class Run:
     best_miou: float = -1.0
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer:
+    def optimizer(self) -> torch.optim.SGD:
         return self.step.optimizer
 
 
@@ -322,8 +322,7 @@ def train(run: Run, first_step: int) -> None:
         args.batch_size, first_step, args.num_steps, process.rank, process.world_size, args.accumulate
     )
     batches = load(run.dataset, args.num_workers, sampler, pin_memory=process.device.type == "cuda")
-    # Without a round of attention its layer has parameters that get no gradient.
-    run.step.start(args.compile, unused_parameters=args.recurrence == 0)
+    run.step.start(args.compile)
     window = LossWindow(process, args.batch_size)
     done = saved = logged = first_step
     with (

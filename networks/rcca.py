@@ -16,7 +16,7 @@ class RCCAHead(nn.Module):
     Args:
         in_channels: of the backbone's last stage; a quarter of them is kept by the reduction.
         num_classes: channels of the logits.
-        recurrence: R, the number of rounds; 0 leaves the attention out (its parameters stay).
+        recurrence: R, the number of rounds; 0 leaves the attention out (its parameters stay as they are).
         norm: makes the normalisation layers, activation included.
     """
 
@@ -25,7 +25,7 @@ class RCCAHead(nn.Module):
         channels = in_channels // 4
         self.recurrence = recurrence
         self.conva = nn.Sequential(conv3x3(in_channels, channels), norm(channels))
-        self.cca = CrissCrossAttention(channels)
+        self.cca = CrissCrossAttention(channels).requires_grad_(recurrence > 0)
         self.convb = nn.Sequential(conv3x3(channels, channels), norm(channels))
         self.bottleneck = nn.Sequential(
             conv3x3(in_channels + channels, channels),

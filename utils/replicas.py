@@ -32,6 +32,8 @@ class Replicas:
     ) -> None:
         self.network, self.devices, self.context = network, devices, context
         self.abort = abort or (lambda replica, error: None)
+        # Threads that last: cuDNN's choice of kernels is remembered by thread.
+        self._threads = [ThreadPoolExecutor(1) for _ in devices]
         self._replicas: list[nn.Module] = []
         self._errors: list[BaseException] = []
 
@@ -42,8 +44,14 @@ class Replicas:
             BaseException: what the replica that failed first has raised.
         """
         self._replicas, self._errors = replicate(self.network, self.devices), []
-        with ThreadPoolExecutor(len(self.devices)) as pool:
-            outputs = list(pool.map(self._run, self._replicas, self.devices, zip(*parts, strict=True)))
+        inputs = zip(*parts, strict=True)
+        running = [
+            thread.submit(self._run, replica, device, part)
+            for thread, replica, device, part in zip(
+                self._threads, self._replicas, self.devices, inputs, strict=True
+            )
+        ]
+        outputs = [future.result() for future in running]
         if self._errors:
             raise self._errors[0]
         return [output for output in outputs if output is not None]

@@ -15,7 +15,7 @@ from utils.checkpoint import (
     set_random_state,
 )
 from utils.distributed import PeerError, Process
-from utils.training import TrainStep
+from utils.training import TrainStep, complete_momentum
 
 
 def state_of(
@@ -67,6 +67,7 @@ def resume(
         raise CheckpointError(f"{path}: cannot be resumed, its contents are damaged ({reason})") from None
     for group in train_step.optimizer.param_groups:  # the rate is set at each step
         group["momentum"], group["weight_decay"] = settings["momentum"], settings["weight_decay"]
+    complete_momentum(train_step.optimizer)
 
     if then.get("images") != settings["images"]:
         raise CheckpointError(

@@ -31,11 +31,21 @@ def build_optimizer(
     optimizer = torch.optim.SGD(
         network.parameters(), learning_rate, momentum, weight_decay=weight_decay, fused=True
     )
-    # PyTorch would make the buffers in the first step; uninitialised, if fp16 overflows there.
-    for parameter in network.parameters():
-        if momentum and parameter.requires_grad:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    complete_momentum(optimizer)
     return optimizer
+
+
+def complete_momentum(optimizer: torch.optim.SGD) -> None:
+    """Give a momentum of zero to each parameter that is trained and has none.
+
+    PyTorch would make the buffers in the first step; uninitialised, if fp16 overflows there, and only if no
+    parameter has one.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if group["momentum"] and parameter.requires_grad and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 class TrainStep:
@@ -60,7 +70,7 @@ class TrainStep:
         self,
         model: nn.Module,
         criterion: Criterion,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.SGD,
         process: Process,
         amp: str = "off",
         accumulate: int = 1,
@@ -72,12 +82,11 @@ class TrainStep:
         self.model: Callable[..., Any] = model
         self._network, self._abort = model, abort
 
-    def start(self, compiled: bool = False, unused_parameters: bool = False) -> None:
+    def start(self, compiled: bool = False) -> None:
         """Make the network ready for its devices and processes; once its weights are what they are to be.
 
         Args:
             compiled: through ``torch.compile``; not for several devices.
-            unused_parameters: whether there are parameters that get no gradient.
         """
         process, model = self.process, self._network
         if compiled:
@@ -85,7 +94,7 @@ class TrainStep:
         if len(process.devices) > 1:
             self.model = Replicas(model, process.devices, self._autocast, self._abort)
         elif process.world_size > 1:
-            self.model = DistributedDataParallel(model, find_unused_parameters=unused_parameters)
+            self.model = DistributedDataParallel(model)
 
     def __call__(self, images: Tensor, labels: Tensor, keys: Tensor) -> tuple[Losses, Tensor]:
         """Update the network.

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import runpy
 import socket
 import sys
@@ -30,15 +31,22 @@ def run(script, arguments, environment, output):
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
+def free_port():
+    """A port that nobody listens at, and none of those that connections are given by themselves."""
+    while True:
+        port = random.randrange(20000, 30000)
+        with socket.socket() as candidate:
+            if candidate.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+
+
 class Processes:
     """``count`` processes of a script as torchrun starts them; but nobody ends the others when one fails."""
 
     def __init__(self, folder, script, *arguments, count=1):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         together = {
             "WORLD_SIZE": count,
             "MASTER_ADDR": "127.0.0.1",
@@ -83,6 +91,11 @@ class Processes:
             assert any(process.is_alive() for process in self.processes), self.error()
             assert time.monotonic() < deadline
             time.sleep(0.0005)
+
+    def succeed(self):
+        """Wait until all have ended well."""
+        statuses = self.wait()
+        assert not any(statuses), [statuses, *map(self.error, range(len(statuses)))]
 
     def wait(self, timeout=60):
         """The exit statuses of all, none of which may hang."""

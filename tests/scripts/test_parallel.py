@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from tests.scripts.conftest import ROOT, SMALL, log_of
-from tests.scripts.processes import Processes
+from tests.scripts.processes import Processes, free_port
 from utils.checkpoint import load_checkpoint
 
 # At a usual rate rounding grows from step to step: ReLUs switch, and weights are random yet.
@@ -42,7 +41,7 @@ def test_one_two_and_three_processes_have_the_same_losses(demo_data, tmp_path, m
             "--snapshot-dir",
             folder / "run",
         )
-        assert Processes(folder, "train.py", *options, count=count).wait() == [0] * count
+        Processes(folder, "train.py", *options, "--snapshot-dir", folder / "run", count=count).succeed()
         logs.append(log_of(folder / "run"))
     for one, two, three in zip(*logs, strict=True):
         for other in (two, three):
@@ -57,9 +56,7 @@ def test_one_two_and_three_processes_have_the_same_losses(demo_data, tmp_path, m
 
 def test_two_machines(demo_data, tmp_path):
     """torchrun's own rendezvous, a launcher for each machine; here both are on the loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = (
         "--data-dir",
         demo_data,
@@ -99,11 +96,11 @@ def test_two_machines(demo_data, tmp_path):
 
 def test_going_on_with_another_number_of_processes(demo_data, tmp_path):
     options = ("--data-dir", demo_data, *SMALL, "--batch-size", 2, *SLOW)
-    assert Processes(tmp_path, "train.py", *options, "--snapshot-dir", tmp_path / "one").wait() == [0]
+    Processes(tmp_path, "train.py", *options, "--snapshot-dir", tmp_path / "one").succeed()
     (tmp_path / "two").mkdir()
     shutil.copy(tmp_path / "one" / "CS_scenes_2.pth", tmp_path / "two")
     run = Processes(tmp_path, "train.py", *options, "--snapshot-dir", tmp_path / "two", "--resume", count=2)
-    assert run.wait() == [0, 0], run.error()
+    run.succeed()
     assert "processes 1 → 2: the same numbers up to rounding" in run.out()
     assert "not the same run" not in run.out()
     one, two = log_of(tmp_path / "one")[2:], log_of(tmp_path / "two")

@@ -48,7 +48,7 @@ def undisturbed(demo_data, tmp_path_factory):
     def run(count):
         if count not in folders:
             folders[count] = tmp_path_factory.mktemp(f"undisturbed{count}") / "run"
-            assert start(demo_data, folders[count], *STEPS, count=count).wait() == [0] * count
+            start(demo_data, folders[count], *STEPS, count=count).succeed()
         return folders[count]
 
     return run
@@ -75,7 +75,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(demo_data, tmp_path, undistu
 
     # The number of workers may differ; the run may not.
     resumed = start(demo_data, folder, *STEPS, "--resume", "--num-workers", 1, count=count)
-    assert resumed.wait() == [0] * count
+    resumed.succeed()
     assert_same_run(folder, undisturbed(count), 5)
     assert losses(folder) == losses(undisturbed(count))
     assert not list(folder.glob("*.tmp"))
@@ -90,7 +90,7 @@ def test_a_signal_to_one_process_stops_all_after_a_step(demo_data, tmp_path, und
     run.kill(signum, ranks=[count - 1])
     assert run.wait() == [128 + signum] * count
     assert f"stopped after step {newest_step(folder)}; --resume continues from there" in run.error()
-    assert start(demo_data, folder, *STEPS, "--resume", count=count).wait() == [0] * count
+    start(demo_data, folder, *STEPS, "--resume", count=count).succeed()
     assert_same_run(folder, undisturbed(count), 5)
 
 

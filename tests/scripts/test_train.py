@@ -89,6 +89,14 @@ def test_changed_settings_of_the_optimiser_hold(call, demo_data, trained, tmp_pa
     assert not same_tensors(left, right)
 
 
+def test_going_on_from_frozen_normalisation(call, demo_data, tmp_path):
+    options = ("--data-dir", demo_data, "--snapshot-dir", tmp_path, *SMALL, "--batch-size", 2)
+    assert call("train.py", *options, "--num-steps", 1, "--freeze-bn").status == 0
+    result = call("train.py", *options, "--num-steps", 2, "--resume")
+    assert result.status == 0, result.error
+    assert "freeze_bn True → False" in result.out
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -274,7 +282,7 @@ def validated(demo_data, tmp_path_factory):
         "--batch-size", 2, "--num-steps", 6, "--save-pred-every", 1, "--val-every", 2, "--keep-last", 2,
         "--learning-rate", 0.05, count=2,
     )  # fmt: skip
-    assert run.wait() == [0, 0]
+    run.succeed()
     return folder
 
 
