@@ -46,6 +46,7 @@ from utils.arguments import (
     add_data_arguments,
     add_training_arguments,
     check_data_arguments,
+    check_training_arguments,
     count,
     exit_on,
     size,
@@ -59,7 +60,6 @@ from utils.distributed import (
     choose_devices,
     is_out_of_memory,
     process_group,
-    world_size,
 )
 from utils.evaluation import evaluate
 from utils.inference import sliding
@@ -113,33 +113,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     args = parser.parse_args(argv)
     check_data_arguments(parser, args)
-    check_arguments(parser, args)
+    check_training_arguments(parser, args)
     return args
-
-
-def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
-    """What the flags must fulfil together."""
-    if args.start_iters >= args.num_steps:
-        parser.error(f"--start-iters {args.start_iters} is not below --num-steps {args.num_steps}")
-    if args.not_restore_last and args.restore_from is None:
-        parser.error("--not-restore-last goes with --restore-from")
-    if (args.val_list or args.val_split) and not args.val_every:
-        parser.error("--val-list and --val-split go with --val-every")
-    args.val_split = args.val_split or "val"
-    gpus = args.gpu.count(",") + 1
-    if gpus > 1 and args.compile:
-        parser.error(f"--compile does not go with --gpu {args.gpu}; use torchrun, a process for each GPU")
-    if args.checkpoint_activations and args.compile:
-        parser.error("--checkpoint-activations does not go with --compile, which plans memory by itself")
-    parts = world_size() * gpus
-    if args.batch_size % (parts * args.accumulate):
-        shared = f" over {world_size()} processes" * (world_size() > 1) + f" over {gpus} GPUs" * (gpus > 1)
-        into = f" into {args.accumulate} parts" * (args.accumulate > 1)
-        parser.error(f"--batch-size {args.batch_size} cannot be split{into}{shared}")
-    height, width = args.input_size
-    together = args.batch_size // args.accumulate // (1 if args.norm in ("auto", "sync") else parts)
-    if together * -(-height // 8) * -(-width // 8) < 2:
-        parser.error("one feature a batch has no variance: raise --input-size or --batch-size")
 
 
 @dataclass

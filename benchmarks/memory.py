@@ -86,23 +86,35 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The options of measurements of a training step."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--backbone", default="resnet101", choices=BACKBONES)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", type=int, default=769, help="height and width of the crops")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the numbers there as well")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
+    return parser
+
+
+def hardware(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """What is measured on; an error if it is not there."""
+    if options.device == "cpu":
+        return f"{torch.get_num_threads()} CPU threads"
+    if not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is visible to PyTorch; use --device cpu")
+    return torch.cuda.get_device_name()
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    options = parser.parse_args()
+    where = hardware(parser, options)
     results = measure(options)
-    on_gpu = options.device == "cuda"
-    where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
     print(f"{options.backbone}, {options.batch}×3×{options.size}×{options.size} {options.dtype}, {where}")
     print(f"torch {torch.__version__}; In-Place ABN on {libs.backend()}\n")
     print(table(results))

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cc_attention
 import libs
 from benchmarks.attention import peak_mib, seconds, tensor_formulation
-from benchmarks.memory import PLAIN, network
-from networks import BACKBONES, build_model
+from benchmarks.memory import PLAIN, hardware, network, parser_of
+from networks import build_model
 from utils.criterion import build_criterion
 from utils.distributed import Process
 from utils.training import TrainStep, build_optimizer
@@ -128,21 +128,10 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--backbone", default="resnet101", choices=BACKBONES)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--size", type=int, default=769, help="height and width of the crops")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the numbers there as well")
+    parser = parser_of(__doc__)
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU is visible to PyTorch; use --device cpu")
+    where = hardware(parser, options)
     results = measure(options)
-    on_gpu = options.device == "cuda"
-    where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
     print(f"{options.backbone}, {options.batch}×3×{options.size}×{options.size}, {where}")
     print(f"torch {torch.__version__}; attention: {cc_attention.backend()}; ABN: {libs.backend()}\n")
     print(table(results))

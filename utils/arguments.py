@@ -95,7 +95,9 @@ def add_data_arguments(
     data.add_argument(
         "--ignore-label", type=number(int, 0, 255), default=255, help="label that does not count"
     )
-    data.add_argument("--num-workers", type=count, default=workers, help="processes that read the data")
+    data.add_argument(
+        "--num-workers", type=count, default=workers, help="processes that read the data for each that trains"
+    )
     return data
 
 
@@ -112,7 +114,9 @@ def add_training_arguments(parser: argparse.ArgumentParser, precisions: Sequence
     loss = parser.add_argument_group("loss")
     loss.add_argument("--ohem", **SWITCH, default=True, help="learn from hard pixels only")
     loss.add_argument("--ohem-thres", type=share, default=0.7, help="probability up to which one is hard")
-    loss.add_argument("--ohem-keep", type=count, default=100000, help="pixels kept at least, of two images")
+    loss.add_argument(
+        "--ohem-keep", type=count, default=100000, help="pixels kept at least, for every two images"
+    )
 
     recipe = parser.add_argument_group("schedule")
     recipe.add_argument("--batch-size", type=positive_int, default=8, help="images a step, over all GPUs")
@@ -146,7 +150,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, precisions: Sequence
         "--accumulate", type=positive_int, default=1, metavar="N", help="compute a step's batch in N parts"
     )
     speed.add_argument(
-        "--checkpoint-activations", **SWITCH, default=False, help="less memory, a third more time"
+        "--checkpoint-activations", **SWITCH, default=False, help="compute twice instead of holding"
     )
     speed.add_argument(
         "--deterministic", **SWITCH, default=False, help="GPU kernels that give the same bits again, slower"
@@ -175,6 +179,31 @@ def add_training_arguments(parser: argparse.ArgumentParser, precisions: Sequence
         metavar="CHECKPOINT",
         help="continue the run in --snapshot-dir exactly, from its newest checkpoint or the one given",
     )
+
+
+def check_training_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What the flags of a training run must fulfil together."""
+    if args.start_iters >= args.num_steps:
+        parser.error(f"--start-iters {args.start_iters} is not below --num-steps {args.num_steps}")
+    if args.not_restore_last and args.restore_from is None:
+        parser.error("--not-restore-last goes with --restore-from")
+    if (args.val_list or args.val_split) and not args.val_every:
+        parser.error("--val-list and --val-split go with --val-every")
+    args.val_split = args.val_split or "val"
+    gpus = args.gpu.count(",") + 1
+    if gpus > 1 and args.compile:
+        parser.error(f"--compile does not go with --gpu {args.gpu}; use torchrun, a process for each GPU")
+    if args.checkpoint_activations and args.compile:
+        parser.error("--checkpoint-activations does not go with --compile, which plans memory by itself")
+    parts = world_size() * gpus
+    if args.batch_size % (parts * args.accumulate):
+        shared = f" over {world_size()} processes" * (world_size() > 1) + f" over {gpus} GPUs" * (gpus > 1)
+        into = f" into {args.accumulate} parts" * (args.accumulate > 1)
+        parser.error(f"--batch-size {args.batch_size} cannot be split{into}{shared}")
+    height, width = args.input_size
+    together = args.batch_size // args.accumulate // (1 if args.norm in ("auto", "sync") else parts)
+    if together * -(-height // 8) * -(-width // 8) < 2:
+        parser.error("one feature a batch has no variance: raise --input-size or --batch-size")
 
 
 def exit_on(
