@@ -1,0 +1,88 @@
+"""Training on GPUs; the tests of the scripts hold it on the CPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from networks import build_model
+from utils.checkpoint import load_checkpoint
+from utils.criterion import build_criterion
+from utils.distributed import Process
+from utils.training import PRECISIONS, TrainStep, build_optimizer
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to PyTorch"),
+]
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ("--backbone", "resnet18", "--input-size", "65,81", "--num-workers", "1", "--batch-size", "4")
+
+
+@pytest.mark.parametrize("amp", PRECISIONS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_waits_for_nothing(amp, accumulate):
+    torch.manual_seed(0)
+    device = torch.device("cuda", 0)
+    network = build_model(num_classes=5, backbone="resnet18").to(device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(network.train(), 1e-3, 0.9, 1e-4)
+    criterion = build_criterion(ohem=True, ohem_keep=640)
+    step = TrainStep(network, criterion, optimizer, Process((device,)), amp, accumulate)
+    step.start()
+    batch = (torch.randn(4, 3, 65, 81), torch.randint(0, 5, (4, 65, 81), dtype=torch.uint8), torch.arange(4))
+    batch = tuple(tensor.pin_memory() for tensor in batch)
+    step(*batch)  # the first makes workspaces and the scaler's state
+    torch.cuda.set_sync_debug_mode("error")  # any wait for the device raises
+    try:
+        losses, logits = step(*batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert losses.total.isfinite()
+    assert logits.is_cuda
+
+
+def train(demo_data, folder, *more, launcher=()):
+    """A run of the script; what it prints as an error."""
+    options = ("--data-dir", demo_data, "--snapshot-dir", folder, *SMALL, *more)
+    command = [sys.executable, *launcher, ROOT / "train.py", *options]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def same_tensors(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("amp", PRECISIONS)
+def test_a_deterministic_run_repeats_and_resumes(demo_data, tmp_path, amp):
+    options = ("--amp", amp, "--deterministic", "--save-pred-every", 2)
+    for name in "ab":
+        error = train(demo_data, tmp_path / name, *options, "--num-steps", 4)
+        assert "does not have a deterministic implementation" not in error
+    (tmp_path / "b" / "CS_scenes_4.pth").rename(tmp_path / "repeated.pth")
+    train(demo_data, tmp_path / "b", *options, "--num-steps", 4, "--resume")
+    first = load_checkpoint(tmp_path / "a" / "CS_scenes_4.pth")["model"]
+    for path in (tmp_path / "repeated.pth", tmp_path / "b" / "CS_scenes_4.pth"):
+        assert same_tensors(load_checkpoint(path)["model"], first)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_two_gpus_have_the_losses_of_one(demo_data, tmp_path, amp):
+    """In one process and in two; convolutions use TF32."""
+    options = ("--amp", amp, "--learning-rate", 1e-5, "--num-steps", 4, "--save-pred-every", 1)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    train(demo_data, tmp_path / "one", *options, "--gpu", "0")
+    train(demo_data, tmp_path / "threads", *options, "--gpu", "0,1")
+    train(demo_data, tmp_path / "processes", *options, launcher=torchrun)
+    one, *others = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "threads", "processes")
+    )
+    for losses in others:
+        assert losses == pytest.approx(one, rel=2e-3 if amp == "off" else 2e-2)
