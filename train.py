@@ -126,11 +126,14 @@ class Run:
     source: Source
     dataset: TrainDataset
     validation: list[Pair]
-    network: nn.Module
     step: TrainStep
     snapshots: Snapshots
     interruption: Interruption = field(default_factory=Interruption)
     best_miou: float = -1.0
+
+    @property
+    def network(self) -> nn.Module:
+        return self.step.network
 
     @property
     def optimizer(self) -> torch.optim.SGD:
@@ -186,7 +189,7 @@ def build(args: argparse.Namespace, process: Process) -> Run:
     step = TrainStep(network, criterion, optimizer, process, args.amp, args.accumulate, libs.abort)
     torch.manual_seed(args.random_seed + process.rank)  # whatever layers draw that do not go by keys
     snapshots = Snapshots(args.snapshot_dir, source.prefix, args.keep_last)
-    return Run(args, process, source, dataset, validation, network, step, snapshots)
+    return Run(args, process, source, dataset, validation, step, snapshots)
 
 
 def validation_pairs(source: Source, args: argparse.Namespace) -> list[Pair]:
@@ -208,7 +211,7 @@ def restore(run: Run) -> int:
         path = Path(args.resume) if args.resume else run.snapshots.newest()
         if path is not None:
             path, settings = find_checkpoint(path), settings_of(args)
-            return resume(path, run.network, run.step, run.process, settings, DEFINING)
+            return resume(path, run.step, settings, DEFINING)
         if run.process.is_main:
             print(f"--resume: no {run.source.prefix}_*.pth in {args.snapshot_dir} yet, starting anew")
     if args.restore_from is not None:
@@ -400,7 +403,7 @@ def log(run: Run, step: int, values: dict[str, Any], logger: Logger | None, prog
 
 def save(run: Run, step: int) -> None:
     """Write the checkpoint of a step."""
-    checkpoint = state_of(run.network, run.step, run.process, step, settings_of(run.args))
+    checkpoint = state_of(run.step, step, settings_of(run.args))
     with run.process.together():
         if run.process.is_main:
             tqdm.write(f"saved {run.snapshots.save(checkpoint, step)}")
@@ -424,13 +427,14 @@ def validate(run: Run, step: int, logger: Logger | None) -> None:
         return  # it is made up for when the run goes on
     matrix.counts = process.sum(matrix.counts)
     miou = matrix.mean_iou()
-    if math.isnan(miou):
-        raise DataError("no labelled pixel in the images of --val-every, so there are no scores")
+    if math.isnan(miou):  # in all processes alike
+        fault = DataError("no labelled pixel in the images of --val-every, so there are no scores")
+        process.all_well(fault)
     scores = matrix.summary(run.source.table.names)
     del scores["confusion_matrix"]
     is_best = miou > run.best_miou
     if is_best:
-        checkpoint = state_of(run.network, run.step, process, step, settings_of(args))
+        checkpoint = state_of(run.step, step, settings_of(args))
         checkpoint["validation"] = {"step": step, "images": args.val_images, **scores}
         with process.together():
             if process.is_main:

@@ -1,5 +1,6 @@
 """What several tests need: small data sets and real CamVid where its folder is named."""
 
+import importlib
 import os
 from pathlib import Path
 
@@ -35,3 +36,19 @@ def list_data(tmp_path):
     lines = [write_pair(root, f"scene {index}", seed=index) for index in range(3)]
     (root / "train.lst").write_text("".join(lines))
     return root
+
+
+@pytest.fixture
+def replicate(monkeypatch):
+    """PyTorch's own ``replicate``; its two steps that want GPUs, devices and broadcast, are replaced."""
+    module = importlib.import_module("torch.nn.parallel.replicate")
+
+    def broadcast(tensors, devices, detach=False):
+        first = list(tensors) if detach else [tensor.clone() for tensor in tensors]  # buffers: the originals
+        return [first] + [
+            [tensor.detach().clone() if detach else tensor.clone() for tensor in tensors] for _ in devices[1:]
+        ]
+
+    monkeypatch.setattr(module, "_get_device_index", lambda device, optional: device)
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", broadcast)
+    return lambda network, count: module.replicate(network, ["cpu"] * count)

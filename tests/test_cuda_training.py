@@ -1,14 +1,13 @@
 """Training on GPUs; the tests of the scripts hold it on the CPU."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from networks import build_model
+from tests.scripts.conftest import ROOT, log_of, same_tensors
 from utils.checkpoint import load_checkpoint
 from utils.criterion import build_criterion
 from utils.distributed import Process
@@ -19,7 +18,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to PyTorch"),
 ]
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--backbone", "resnet18", "--input-size", "65,81", "--num-workers", "1", "--batch-size", "4")
 
 
@@ -54,10 +52,6 @@ def train(demo_data, folder, *more, launcher=()):
     return done.stderr
 
 
-def same_tensors(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
 @pytest.mark.parametrize("amp", PRECISIONS)
 def test_a_deterministic_run_repeats_and_resumes(demo_data, tmp_path, amp):
     options = ("--amp", amp, "--deterministic", "--save-pred-every", 2)
@@ -81,8 +75,7 @@ def test_two_gpus_have_the_losses_of_one(demo_data, tmp_path, amp):
     train(demo_data, tmp_path / "threads", *options, "--gpu", "0,1")
     train(demo_data, tmp_path / "processes", *options, launcher=torchrun)
     one, *others = (
-        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("one", "threads", "processes")
+        [line["loss"] for line in log_of(tmp_path / name)] for name in ("one", "threads", "processes")
     )
     for losses in others:
         assert losses == pytest.approx(one, rel=2e-3 if amp == "off" else 2e-2)

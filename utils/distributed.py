@@ -122,8 +122,9 @@ def choose_devices(gpu: str) -> tuple[torch.device, ...]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu == "cpu" or (gpu == "auto" and count == 0):
         return (torch.device("cpu"),)
-    numbers = [os.environ.get("LOCAL_RANK", "0") if gpu == "auto" else gpu]
-    if gpu != "auto":
+    if gpu == "auto":
+        numbers = [os.environ.get("LOCAL_RANK", "0")]
+    else:
         numbers = gpu.split(",")
         if not all(number.isdecimal() for number in numbers):
             raise DeviceError(f"--gpu {gpu}: expected auto, cpu, or numbers of GPUs as in 0,1")

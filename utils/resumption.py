@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from utils.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -18,12 +16,11 @@ from utils.distributed import PeerError, Process
 from utils.training import TrainStep, complete_momentum
 
 
-def state_of(
-    network: nn.Module, train_step: TrainStep, process: Process, step: int, settings: dict[str, Any]
-) -> dict[str, Any]:
+def state_of(train_step: TrainStep, step: int, settings: dict[str, Any]) -> dict[str, Any]:
     """All that a run needs to go on after ``step`` steps; to be called in all processes."""
+    process = train_step.process
     return {
-        "model": network.state_dict(),
+        "model": train_step.network.state_dict(),
         "optimizer": train_step.optimizer.state_dict(),
         "scaler": train_step.scaler.state_dict(),
         "step": step,
@@ -32,14 +29,7 @@ def state_of(
     }
 
 
-def resume(
-    path: Path,
-    network: nn.Module,
-    train_step: TrainStep,
-    process: Process,
-    settings: dict[str, Any],
-    defining: Sequence[str],
-) -> int:
+def resume(path: Path, train_step: TrainStep, settings: dict[str, Any], defining: Sequence[str]) -> int:
     """Restore what ``state_of`` returned from a checkpoint; the step to go on with.
 
     Args:
@@ -49,11 +39,11 @@ def resume(
     Raises:
         CheckpointError: not such a checkpoint, of another network, or of other data.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint, process = load_checkpoint(path), train_step.process
     missing = {"model", "optimizer", "step", "random_states", "settings"} - checkpoint.keys()
     if missing:
         raise CheckpointError(f"{path}: cannot be resumed, it lacks {', '.join(sorted(missing))}")
-    load_weights(network, model_state(checkpoint), path)
+    load_weights(train_step.network, model_state(checkpoint), path)
     try:
         step, then = int(checkpoint["step"]), dict(checkpoint["settings"])
         states = checkpoint["random_states"]

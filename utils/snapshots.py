@@ -46,10 +46,9 @@ class Snapshots:
             for old in checkpoints(self.directory, self.prefix)[: -self.keep_last]:
                 old.unlink()
 
-    def save_best(self, contents: dict[str, Any]) -> Path:
+    def save_best(self, contents: dict[str, Any]) -> None:
         """Write the best checkpoint in place of the one before; ``contents["validation"]`` says how good."""
         save_checkpoint(contents, self.best_path)
-        return self.best_path
 
     def best_miou(self, images: str) -> float:
         """The mIoU of the best checkpoint on those images (a fingerprint), -1 if there is none."""
@@ -97,15 +96,13 @@ class Snapshots:
         Raises:
             CheckpointError: another run's checkpoints are here, or the folder has no room.
         """
-        there = [
-            path for path in (newest_checkpoint(self.directory), self.best_path) if path and path.exists()
-        ]
-        if there and not resuming:
+        newest = newest_checkpoint(self.directory)
+        earlier = newest or (self.best_path if self.best_path.exists() else None)
+        if earlier and not resuming:
             raise CheckpointError(
-                f"{self.directory} holds {there[0].name} of an earlier run; "
+                f"{self.directory} holds {earlier.name} of an earlier run; "
                 "continue it with --resume or choose another --snapshot-dir"
             )
-        newest = newest_checkpoint(self.directory)
         if newest and step_of(newest) > first_step:
             raise CheckpointError(
                 f"{self.directory} holds {newest.name}, which is later than step {first_step}; "

@@ -79,8 +79,8 @@ class TrainStep:
         self.criterion, self.optimizer, self.process = criterion, optimizer, process
         self.dtype, self.accumulate = PRECISIONS[amp], accumulate
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=amp == "fp16")
+        self.network, self._abort = model, abort
         self.model: Callable[..., Any] = model
-        self._network, self._abort = model, abort
 
     def start(self, compiled: bool = False) -> None:
         """Make the network ready for its devices and processes; once its weights are what they are to be.
@@ -88,7 +88,7 @@ class TrainStep:
         Args:
             compiled: through ``torch.compile``; not for several devices.
         """
-        process, model = self.process, self._network
+        process, model = self.process, self.network
         if compiled:
             model.compile()
         if len(process.devices) > 1:

@@ -1,7 +1,6 @@
 """InPlaceABNSync over processes and over nn.DataParallel's replicas against ABN on the joined batch."""
 
 import copy
-import importlib
 import pickle
 import threading
 import time
@@ -102,22 +101,6 @@ def test_processes(tmp_path, world):
 
 
 # Replicas in threads
-
-
-@pytest.fixture
-def replicate(monkeypatch):
-    """PyTorch's own ``replicate``; its two steps that want GPUs, devices and broadcast, are replaced."""
-    module = importlib.import_module("torch.nn.parallel.replicate")
-
-    def broadcast(tensors, devices, detach=False):
-        first = list(tensors) if detach else [tensor.clone() for tensor in tensors]  # buffers: the originals
-        return [first] + [
-            [tensor.detach().clone() if detach else tensor.clone() for tensor in tensors] for _ in devices[1:]
-        ]
-
-    monkeypatch.setattr(module, "_get_device_index", lambda device, optional: device)
-    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", broadcast)
-    return lambda network, count: module.replicate(network, ["cpu"] * count)
 
 
 def in_threads(functions):

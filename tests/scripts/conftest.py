@@ -3,13 +3,12 @@
 import json
 import runpy
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scripts.processes import ROOT
 
 # The smallest real network on the smallest crops.
 SMALL = ("--backbone", "resnet18", "--input-size", "33,41", "--gpu", "cpu", "--num-workers", "0")

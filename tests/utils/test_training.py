@@ -1,6 +1,5 @@
 """One step of training: precisions, parts of a batch, replicas on several devices."""
 
-import importlib
 import time
 
 import pytest
@@ -50,25 +49,12 @@ def make(norm=ABN, devices=(CPU,), between=None, **options):
     return network, step
 
 
-@pytest.fixture
-def replicate(monkeypatch):
-    """PyTorch's ``replicate`` with its two steps that want GPUs replaced.
-
-    On the CPU one thread does all of a backward pass, so replicas cannot wait for each other there; that they
-    share statistics then is tested in tests/libs, here their normalisation is frozen.
-    """
-    module = importlib.import_module("torch.nn.parallel.replicate")
-
-    def broadcast(tensors, devices, detach=False):
-        copies = [[t.detach().clone() if detach else t.clone() for t in tensors] for _ in devices]
-        return [list(tensors) if detach else copies[0], *copies[1:]]  # of buffers the originals
-
-    monkeypatch.setattr(module, "_get_device_index", lambda device, optional: device)
-    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", broadcast)
-
-
 @pytest.mark.parametrize(("count", "accumulate"), [(2, 1), (4, 1), (2, 2)])
 def test_several_devices_are_one(replicate, count, accumulate):
+    """On the CPU one thread does all of a backward pass, so replicas cannot wait for each other there.
+
+    That they share statistics then is tested in tests/libs; here their normalisation is frozen.
+    """
     network, step = make(InPlaceABNSync, (CPU,) * count, accumulate=accumulate)
     other, whole = make(ABN, accumulate=accumulate)
     libs.freeze(network)
