@@ -5,13 +5,7 @@ on top of cuda_emulator.h, which runs each CUDA thread with a stack of its own.
 """
 
 import ctypes
-import functools
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +13,14 @@ import torch
 from torch import Tensor
 
 from cc_attention import reference
+from tests.cuda_compilers import (
+    check_sanitized,
+    compile_emulated,
+    compile_launcher,
+    compile_with_nvrtc,
+    nvcc_architectures,
+    run_nvcc,
+)
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "cc_attention" / "csrc" / "cuda"
@@ -44,25 +46,16 @@ SMALL = [  # (B, Cr, C, H, W), (tile, images, splits)
 ]
 
 
-def tool(path: str | None, what: str) -> str:
-    """CI has all of the tools; elsewhere a test without its tool is skipped."""
-    if path is None:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{what} is missing")
-    return path
-
-
-def compile_emulated(target: Path, *flags: str) -> Path:
-    compiler = tool(shutil.which("g++"), "g++")
-    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
-    command += [*flags, f"-I{KERNELS}", "-o", str(target), str(HERE / "cuda_emulated.cpp")]
-    subprocess.run(command, check=True)
-    return target
-
-
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")
-    return ctypes.CDLL(str(compile_emulated(folder / "emulated.so", "-O1", "-fPIC", "-shared")))
+    return ctypes.CDLL(
+        str(
+            compile_emulated(
+                HERE / "cuda_emulated.cpp", KERNELS, folder / "emulated.so", "-O1", "-fPIC", "-shared"
+            )
+        )
+    )
 
 
 def maps(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
@@ -268,13 +261,9 @@ SANITIZED = [  # engine on tensor cores or not, dtype, shape, plan
 def test_sanitizers_find_nothing(tmp_path, sanitizer, runs):
     """Accesses out of bounds or not aligned; missing barriers, which are data races here."""
     flags = ["-O0", "-g1", "-DSTANDALONE", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-    program = compile_emulated(tmp_path / "emulated", *flags)
+    program = compile_emulated(HERE / "cuda_emulated.cpp", KERNELS, tmp_path / "emulated", *flags)
     for arguments in runs:
-        command = [str(program), *arguments.split()]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if "unexpected memory mapping" in done.stderr:  # older sanitizers on kernels that place memory freely
-            done = subprocess.run(["setarch", "-R", *command], capture_output=True, text=True)
-        assert done.returncode == 0 and not done.stderr, done.stderr
+        check_sanitized(program, arguments)
 
 
 # What compilers make of the kernels, with nothing but the headers.
@@ -303,48 +292,11 @@ def source(instances):
     return SOURCE + "".join(INSTANCE.format(engine=e, type=t) for e, t in instances) + "}\n"
 
 
-# Loading NVRTC changes a process (its locale, for one), so it has one of its own. -G: without optimization,
-# which takes a tenth of the time; what the language and the architecture lack is reported all the same.
-NVRTC = """
-import ctypes, sys
-library, include, architecture = sys.argv[1:]
-nvrtc, program, size = ctypes.CDLL(library), ctypes.c_void_p(), ctypes.c_size_t()
-options = [b"-std=c++17", b"-G", f"-I{include}".encode(), f"-arch={architecture}".encode()]
-source = sys.stdin.buffer.read()
-assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None) == 0
-status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
-nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-log = ctypes.create_string_buffer(size.value)
-nvrtc.nvrtcGetProgramLog(program, log)
-sys.stderr.buffer.write(log.value)
-if status != 0:
-    sys.exit(status)
-nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
-binary = ctypes.create_string_buffer(size.value)
-nvrtc.nvrtcGetCUBIN(program, binary)
-sys.stdout.buffer.write(binary.raw)
-"""
-
-
-@functools.cache
-def nvrtc() -> str:
-    """The compiler of the wheel nvidia-cuda-nvrtc-cu12, the last one that knows sm_50 being of CUDA 12."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = [Path(x) / "cuda_nvrtc" / "lib" for x in spec.submodule_search_locations or ()] if spec else []
-    found = next((x / "libnvrtc.so.12" for x in folders if (x / "libnvrtc.so.12").is_file()), None)
-    return tool(found and str(found), "NVRTC of the wheel nvidia-cuda-nvrtc-cu12==12.4.127")
-
-
-def compile_with_nvrtc(text: str, architecture: str) -> bytes:
-    command = [sys.executable, "-c", NVRTC, nvrtc(), str(KERNELS), architecture]
-    done = subprocess.run(command, input=text.encode(), capture_output=True)
-    assert done.returncode == 0 and not done.stderr, done.stderr.decode()
-    return done.stdout
-
-
 @pytest.mark.parametrize("architecture", ["sm_50", "sm_52", "sm_61"])
 def test_nvrtc_compiles_for_old_architectures(architecture):
-    binary = compile_with_nvrtc(source(PORTABLE), architecture)
+    # -G: without optimization, which takes a tenth of the time. What the language and the architecture lack
+    # is reported all the same.
+    binary = compile_with_nvrtc(source(PORTABLE), KERNELS, architecture, "-G")
     assert binary.startswith(b"\x7fELF")
     assert binary.count(b".text._ZN12cc_attention4cuda14forward_kernel") >= len(PORTABLE)
 
@@ -353,49 +305,18 @@ def test_nvrtc_reports_what_an_old_architecture_lacks():
     """The check itself: atomicAdd on doubles came with sm_60."""
     kernel = '#include "scalar.cuh"\n__global__ void add(double* x) { atomicAdd(x, 1.0); }'
     with pytest.raises(AssertionError, match="atomicAdd"):
-        compile_with_nvrtc(kernel, "sm_52")
-    compile_with_nvrtc(kernel, "sm_61")
-
-
-@functools.cache
-def nvcc_architectures() -> tuple[str, list[int]]:
-    nvcc = tool(shutil.which("nvcc"), "nvcc")
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
-    return nvcc, sorted(int(x) for x in re.findall(r"compute_(\d+)\b", listed))
-
-
-def run_nvcc(nvcc: str, *arguments: str) -> str:
-    """What it prints."""
-    done = subprocess.run([nvcc, "-std=c++17", *arguments], capture_output=True, text=True)
-    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
-    return done.stdout + done.stderr
+        compile_with_nvrtc(kernel, KERNELS, "sm_52")
+    compile_with_nvrtc(kernel, KERNELS, "sm_61")
 
 
 def test_nvcc_compiles_the_operator_for_its_lowest_architecture(tmp_path):
     """The launcher, too, against PyTorch's stable ABI of 2.11."""
-    nvcc, architectures = nvcc_architectures()
-    include = Path(torch.__file__).parent / "include"
-    lowest = architectures[0]
-    run_nvcc(
-        nvcc,
-        *(
-            "-G",
-            "-c",
-            str(KERNELS / "attention.cu"),
-            "-o",
-            str(tmp_path / "attention.o"),
-            "-Xcompiler",
-            "-fPIC",
-        ),
-        *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
-        *(f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"),
-        f"-gencode=arch=compute_{lowest},code=sm_{lowest}",
-    )
+    compile_launcher(KERNELS / "attention.cu", tmp_path / "attention.o", "-G")
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_nvcc_compiles_tensor_core_kernels(tmp_path, architecture):
-    nvcc, architectures = nvcc_architectures()
+    _, architectures = nvcc_architectures()
     if architecture not in architectures:
         pytest.skip(f"this nvcc does not know sm_{architecture}")
     text, binary = tmp_path / "kernels.cu", tmp_path / "kernels.cubin"
@@ -410,7 +331,7 @@ def test_nvcc_compiles_tensor_core_kernels(tmp_path, architecture):
         str(binary),
         str(text),
     ]
-    printed = run_nvcc(nvcc, *command)
+    printed = run_nvcc(*command)
     kernels = re.findall(
         r"entry function '\S*ward_kernel\S*TensorCore.*?Used (\d+) registers", printed, re.DOTALL
     )

@@ -5,12 +5,6 @@ of the operator's emulator, which runs them with one CPU thread for each CUDA th
 """
 
 import ctypes
-import importlib.util
-import os
-import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,10 +12,10 @@ import torch
 
 from libs import ops
 from libs.functions import activate
+from tests.cuda_compilers import check_sanitized, compile_emulated, compile_launcher, compile_with_nvrtc
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "libs" / "csrc" / "cuda"
-EMULATOR = HERE.parent / "cc_attention"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 ACTIVATIONS = ["leaky_relu", "elu", "identity"]
 EPS, PARAM = 1e-5, 0.01
@@ -36,25 +30,14 @@ SMALL = [
 ]
 
 
-def tool(path: str | None, what: str) -> str:
-    """CI has all of the tools; elsewhere a test without its tool is skipped."""
-    if path is None:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{what} is missing")
-    return path
-
-
-def compile_emulated(target: Path, *flags: str) -> Path:
-    compiler = tool(shutil.which("g++"), "g++")
-    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
-    command += [*flags, f"-I{KERNELS}", f"-I{EMULATOR}", "-o", str(target), str(HERE / "abn_emulated.cpp")]
-    subprocess.run(command, check=True)
-    return target
-
-
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")
-    return ctypes.CDLL(str(compile_emulated(folder / "abn.so", "-O1", "-fPIC", "-shared")))
+    return ctypes.CDLL(
+        str(
+            compile_emulated(HERE / "abn_emulated.cpp", KERNELS, folder / "abn.so", "-O1", "-fPIC", "-shared")
+        )
+    )
 
 
 def call(emulated, case, name, activation, x, given, results):
@@ -274,16 +257,12 @@ def test_division_of_work(emulated, sizes, vector, expected):
 def test_sanitizers_find_nothing(tmp_path, sanitizer):
     """Accesses out of bounds or not aligned; missing barriers, which are data races here."""
     flags = ["-O0", "-g1", "-DSTANDALONE", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-    program = compile_emulated(tmp_path / "emulated", *flags)
+    program = compile_emulated(HERE / "abn_emulated.cpp", KERNELS, tmp_path / "emulated", *flags)
     for arguments in [
         "bfloat16 leaky_relu  70 24 1  8 64 2",
         "float32 elu  2 3 35  1 32 2",
     ]:
-        command = [str(program), *arguments.split()]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if "unexpected memory mapping" in done.stderr:  # older sanitizers on kernels that place memory freely
-            done = subprocess.run(["setarch", "-R", *command], capture_output=True, text=True)
-        assert done.returncode == 0 and not done.stderr, done.stderr
+        check_sanitized(program, arguments)
 
 
 # Kernels of every type, for a compiler that is given nothing but the headers.
@@ -311,61 +290,22 @@ for kind, wide, elements, phi in [
     SOURCE += INSTANCE.format(T=kind, W=wide, V=elements, A=f"Activation::{phi}")
 SOURCE += JOIN.format(W="float") + JOIN.format(W="double") + "}\n"
 
-# In a process of its own, for NVRTC changes the locale: folder, architecture, source → size of the binary.
-NVRTC = """
-import ctypes, sys
-library, program, size = ctypes.CDLL(sys.argv[1]), ctypes.c_void_p(), ctypes.c_size_t()
-options = [x.encode() for x in ("-std=c++17", f"-I{sys.argv[2]}", f"-arch={sys.argv[3]}")]
-source = sys.stdin.read().encode()
-assert library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None) == 0
-status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
-library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-log = ctypes.create_string_buffer(size.value)
-library.nvrtcGetProgramLog(program, log)
-if status or log.value:
-    sys.exit(log.value.decode())
-library.nvrtcGetCUBINSize(program, ctypes.byref(size))
-binary = ctypes.create_string_buffer(size.value)
-library.nvrtcGetCUBIN(program, binary)
-sys.stdout.buffer.write(binary.raw)
-"""
-
-
-def compile_with_nvrtc(text: str, architecture: str) -> subprocess.CompletedProcess:
-    """By the compiler of the wheel nvidia-cuda-nvrtc-cu12, the last one that knows sm_50 being of CUDA 12."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = [Path(x) / "cuda_nvrtc" / "lib" for x in spec.submodule_search_locations or ()] if spec else []
-    found = next((str(x / "libnvrtc.so.12") for x in folders if (x / "libnvrtc.so.12").is_file()), None)
-    library = tool(found, "NVRTC of the wheel nvidia-cuda-nvrtc-cu12==12.4.127")
-    command = [sys.executable, "-c", NVRTC, library, str(KERNELS), architecture]
-    return subprocess.run(command, input=text.encode(), capture_output=True)
-
 
 @pytest.mark.parametrize("architecture", ["sm_50", "sm_52", "sm_61"])
 def test_nvrtc_compiles_for_old_architectures(architecture):
-    done = compile_with_nvrtc(SOURCE, architecture)
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.startswith(b"\x7fELF")
-    assert done.stdout.count(b".text._ZN4libs4cuda11sums_kernel") >= 4
+    binary = compile_with_nvrtc(SOURCE, KERNELS, architecture)
+    assert binary.startswith(b"\x7fELF")
+    assert binary.count(b".text._ZN4libs4cuda11sums_kernel") >= 4
 
 
 def test_nvrtc_reports_what_an_old_architecture_lacks():
     """The check itself: atomicAdd on doubles came with sm_60."""
     kernel = '#include "affine.cuh"\n__global__ void add(double* x) { atomicAdd(x, 1.0); }'
-    assert b"atomicAdd" in compile_with_nvrtc(kernel, "sm_52").stderr
-    assert compile_with_nvrtc(kernel, "sm_61").returncode == 0
+    with pytest.raises(AssertionError, match="atomicAdd"):
+        compile_with_nvrtc(kernel, KERNELS, "sm_52")
+    compile_with_nvrtc(kernel, KERNELS, "sm_61")
 
 
 def test_nvcc_compiles_the_operators_for_its_lowest_architecture(tmp_path):
     """The launcher, too, against PyTorch's stable ABI of 2.11."""
-    nvcc = tool(shutil.which("nvcc"), "nvcc")
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
-    lowest = min(int(x) for x in re.findall(r"compute_(\d+)\b", listed))
-    include = Path(torch.__file__).parent / "include"
-    command = [nvcc, "-std=c++17", "-c", str(KERNELS / "abn.cu"), "-o", str(tmp_path / "abn.o")]
-    command += ["-Xcompiler", "-fPIC", "-Xptxas", "-O0", "-DUSE_CUDA"]
-    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    command += [f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
-    command += [f"-gencode=arch=compute_{lowest},code=sm_{lowest}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    compile_launcher(KERNELS / "abn.cu", tmp_path / "abn.o", "-Xptxas", "-O0")
