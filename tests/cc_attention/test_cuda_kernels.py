@@ -49,13 +49,9 @@ SMALL = [  # (B, Cr, C, H, W), (tile, images, splits)
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")
-    return ctypes.CDLL(
-        str(
-            compile_emulated(
-                HERE / "cuda_emulated.cpp", KERNELS, folder / "emulated.so", "-O1", "-fPIC", "-shared"
-            )
-        )
-    )
+    flags = ("-O1", "-fPIC", "-shared")
+    library = compile_emulated(HERE / "cuda_emulated.cpp", KERNELS, folder / "emulated.so", *flags)
+    return ctypes.CDLL(str(library))
 
 
 def maps(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:

@@ -33,11 +33,9 @@ SMALL = [
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")
-    return ctypes.CDLL(
-        str(
-            compile_emulated(HERE / "abn_emulated.cpp", KERNELS, folder / "abn.so", "-O1", "-fPIC", "-shared")
-        )
-    )
+    flags = ("-O1", "-fPIC", "-shared")
+    library = compile_emulated(HERE / "abn_emulated.cpp", KERNELS, folder / "abn.so", *flags)
+    return ctypes.CDLL(str(library))
 
 
 def call(emulated, case, name, activation, x, given, results):

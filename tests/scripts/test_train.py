@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from libs import ABN
@@ -350,6 +351,12 @@ def test_validation_needs_labels_and_a_split(call, list_data, tmp_path):
     result = call("train.py", *options, "--val-every", 1, "--val-list", list_data / "val.lst")
     assert result.status == 1
     assert "val.lst: has images without labels, which --val-every cannot score" in result.error
+    (list_data / "none.lst").write_text("images/alone.png\tlabels/none.png\n")
+    Image.new("L", (30, 20), 255).save(list_data / "labels" / "none.png")
+    elsewhere = ("--val-list", list_data / "none.lst", "--snapshot-dir", tmp_path / "none")
+    result = call("train.py", *options, "--val-every", 1, *elsewhere)
+    assert result.status == 1
+    assert "no labelled pixel in the images of --val-every" in result.error
     result = call("train.py", *options, "--val-every", 1, "--val-list", list_data / "train.lst")
     assert result.status == 0, result.error
     assert (tmp_path / "run" / "model_best.pth").exists()
