@@ -6,6 +6,7 @@ Whoever knows the step knows everything; there is no state to save.
 """
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,6 +108,9 @@ class StepSampler:
         return self.last_step - self.first_step
 
 
+DEATH = re.compile(r"DataLoader worker \(pid|Pin memory thread exited")  # in PyTorch's words
+
+
 def load(
     dataset: Dataset[Any], num_workers: int, sampler: StepSampler | None = None, pin_memory: bool = False
 ) -> Iterator[Any]:
@@ -137,10 +141,12 @@ def load(
             # writing a checkpoint. Whoever waits for the next batch notices it as well.
             signal.signal(signal.SIGCHLD, handler)
         yield from batches
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # While a worker hands over a batch, its end breaks the connection before its death is noticed.
+        if isinstance(error, RuntimeError) and not DEATH.search(str(error)):
             raise
-        raise DataError(f"a worker process that reads the data died ({str(error).splitlines()[0]})") from None
+        reason = (str(error) or "end of file").splitlines()[0]
+        raise DataError(f"a worker process that reads the data died ({reason})") from None
     except DataError as error:
         # From a worker the message arrives wrapped in its traceback, ours being the last line.
         raise DataError(

@@ -2,12 +2,20 @@
 
 import importlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from dataset.demo import generate
 from tests.samples import write_pair
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A script that was run in this process leaves it deaf to Ctrl-C."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -222,9 +223,12 @@ def exit_on(
             print(f"{program}: error: {where}{error}", file=sys.stderr)
         status = 2 if isinstance(error, usage) else 1
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
+        # Letting go of all that a run holds takes a moment, in which a further Ctrl-C has nothing to end.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print(f"\n{program}: interrupted", file=sys.stderr)  # below a progress bar
         status = 130
     except SystemExit as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as above
         status = stop.code if isinstance(stop.code, int) else 0
     except Exception as error:
         if is_out_of_memory(error):

@@ -111,6 +111,33 @@ def test_a_fault_met_by_a_worker_is_one_line_that_names_the_file(dataset, tmp_pa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(104, "Connection reset by peer"),
+        EOFError(),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        RuntimeError("Pin memory thread exited unexpectedly"),
+    ],
+)
+def test_all_ways_to_notice_that_a_worker_died(dataset, monkeypatch, error):
+    def next_batch(*_):
+        raise error
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._next_data", next_batch)
+    with pytest.raises(DataError, match=r"^a worker process that reads the data died \(.+\)$"):
+        batches(dataset, 1, StepSampler(2, 0, 2))
+
+
+def test_a_mistake_of_ours_in_a_worker_is_not_taken_for_its_death(dataset, monkeypatch):
+    def sample(*_):
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(TrainDataset, "__getitem__", sample)
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.+a mistake"):
+        batches(dataset, 1, StepSampler(2, 0, 2))
+
+
 def test_training_needs_labels(dataset, demo_data):
     image = dataset.pairs[0].image
     with pytest.raises(DataError, match=f"{image}: has no label"):

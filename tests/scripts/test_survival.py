@@ -110,25 +110,32 @@ def test_a_signal_to_all_processes_of_the_run_workers_included(demo_data, tmp_pa
     assert "error" not in run.error(0) + run.error(1)
 
 
-def test_a_signal_while_the_processes_agree_is_not_lost(demo_data, tmp_path, monkeypatch, call):
-    def largest(self, value):
-        if (tmp_path / "log.jsonl").exists():
-            os.kill(os.getpid(), signal.SIGTERM)
-        return value
+@pytest.fixture
+def signalled(demo_data, tmp_path, monkeypatch, call):
+    """A run that sends itself these signals at each step, while its processes agree on how to go on."""
 
-    monkeypatch.setattr("utils.distributed.Process.largest", largest)
-    options = (
-        "--data-dir",
-        demo_data,
-        "--snapshot-dir",
-        tmp_path,
-        *SMALL,
-        "--batch-size",
-        2,
-        "--num-steps",
-        50,
-    )
-    assert call("train.py", *options).status == 143
+    def run(*signals):
+        def largest(self, value):
+            if list(tmp_path.glob("events.out.tfevents.*")):
+                for signum in signals:
+                    os.kill(os.getpid(), signum)
+            return value
+
+        monkeypatch.setattr("utils.distributed.Process.largest", largest)
+        folders = ("--data-dir", demo_data, "--snapshot-dir", tmp_path)
+        return call("train.py", *folders, *SMALL, "--batch-size", 2, "--num-steps", 50)
+
+    return run
+
+
+def test_a_signal_while_the_processes_agree_is_not_lost(signalled):
+    assert signalled(signal.SIGTERM).status == 143
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(signalled):
+    status, _, error = signalled(signal.SIGINT, signal.SIGINT)
+    assert status == 130
+    assert error.splitlines()[-1] == "train.py: interrupted"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -139,17 +146,6 @@ def test_a_worker_that_dies_within_a_step(demo_data, tmp_path, workers):
     time.sleep(1.5)  # longer than it takes to read, shorter than a step or two
     os.kill(children(run.processes[0].pid)[0], signal.SIGKILL)
     assert_all_ended(run, 1, "a worker process that reads the data died")
-
-
-def test_a_second_interrupt_does_not_wait_for_the_step(demo_data, tmp_path):
-    folder = tmp_path / "run"
-    run = start(demo_data, folder, *LONG, "--input-size", "700,900")
-    run.until(lambda: list(folder.glob("events.out.tfevents.*")))
-    run.kill(signal.SIGINT)
-    run.until(lambda: "stopping after this step" in run.error())
-    run.kill(signal.SIGINT)
-    assert run.wait() == [130]
-    assert run.error().endswith("train.py: interrupted")
 
 
 def children(pid):

@@ -1,6 +1,7 @@
 """Argument types and the one line that a user's mistake is answered with."""
 
 import argparse
+import signal
 
 import pytest
 
@@ -62,7 +63,24 @@ def test_users_mistakes_end_a_script_without_a_traceback(raised, status, capsys)
     with pytest.raises(SystemExit) as caught:
         exit_on(main, usage=(KeyError,), data=(OSError,))
     assert caught.value.code == status
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_while_a_script_lets_go_of_what_it_holds_is_ignored(stop):
+    handlers = []
+
+    class Held:
+        def __del__(self):
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    def main():
+        held = Held()  # noqa: F841
+        raise stop(130)
+
+    with pytest.raises(SystemExit):
+        exit_on(main, usage=(), data=())
+    assert handlers == [signal.SIG_IGN]
 
 
 def test_our_own_mistakes_keep_their_traceback():
