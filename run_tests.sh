@@ -10,4 +10,5 @@ build_kernels
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-"$PYTHON" -m pytest "$@"
+# Two at a time, of one thread each: most tests are too small for more, and threads would wait for each other.
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest --numprocesses 2 --dist worksteal "$@"

@@ -13,7 +13,7 @@ from tests.scripts.processes import Processes, free_port
 from utils.checkpoint import load_checkpoint
 
 # At a usual rate rounding grows from step to step: ReLUs switch, and weights are random yet.
-SLOW = ("--learning-rate", 1e-5, "--num-steps", 4, "--save-pred-every", 1)
+SLOW = ("--learning-rate", 1e-5, "--num-steps", 3, "--save-pred-every", 1)
 
 
 @pytest.mark.parametrize(
