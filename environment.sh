@@ -30,11 +30,11 @@ use_environment() {
     PYTHON=.venv/bin/python
 }
 
-# build_kernels: compile the operator and the ABN, unless their binaries are of these sources. Where that fails
-# all goes on with the PyTorch path.
+# build_kernels: compile the operator and the ABN, unless their binaries are of these sources and fit this
+# PyTorch. If that fails, the slower PyTorch path is used.
 build_kernels() {
     local log=build/kernels.log
-    if is_built cc_attention && is_built libs; then
+    if are_built; then
         return
     fi
     mkdir -p build
@@ -43,12 +43,13 @@ build_kernels() {
     sed -n 's/^ccnet: /kernels: /p' "$log"
 }
 
-is_built() {
+are_built() {
     "$PYTHON" -c '
 import sys
-sys.path.insert(0, sys.argv[1])
-import native
-sys.exit(native.problem() is not None)' "$1"
+from pathlib import Path
+sys.path.append("cc_attention")
+from native import Kernels
+sys.exit(any(Kernels(Path(package)).why_unusable() for package in ("cc_attention", "libs")))'
 }
 
 satisfies() {

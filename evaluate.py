@@ -4,137 +4,260 @@ The network (backbone, R, …) and the tile size are those that the checkpoint w
 a plain state dict is taken for the published network, ResNet-101 with R=2.
 """
 
-import argparse
+from utils import startup
+
+startup.prepare()  # before imports that take seconds
+
 import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import (
-    DATASETS,
+    Clip,
     DataError,
+    DatasetSpec,
     EvaluationDataset,
-    LabelTable,
-    denormalize,
-    find_source,
-    load,
-    pairs_of,
+    Normalization,
+    Pair,
+    Sample,
+    check_supervision,
+    evaluation_clips,
+    find_dataset,
+    list_samples,
+    load_samples,
 )
-from networks import BACKBONES, MODELS, build_model, fold_norms
-from utils.arguments import (
-    SWITCH,
-    Parser,
-    add_data_arguments,
-    check_data_arguments,
-    count,
-    exit_on,
-    positive_int,
-    scales,
-    size,
-)
-from utils.checkpoint import CheckpointError, load_checkpoint, load_weights, model_state
-from utils.distributed import DeviceError, choose_devices
-from utils.evaluation import Save, evaluate
-from utils.inference import multi_scale, sliding, whole
-from utils.logger import side_by_side
-from utils.metrics import ConfusionMatrix
-from utils.snapshots import find_checkpoint
-
-# What a checkpoint without settings of its own is taken for.
-PUBLISHED = {"model": "ccnet", "backbone": "resnet101", "recurrence": 2, "input_size": (769, 769)}
+from evaluation.inference import Predict, multi_scale, short_sides, sliding, whole, with_autocast
+from evaluation.metrics import ConfusionMatrix
+from evaluation.options import EvaluationOptions
+from evaluation.pictures import Save, prediction_writer
+from evaluation.report import ImageReports, check_comparable, read_metrics, report_page
+from evaluation.scores import count_predictions
+from evaluation.submission import Submission
+from networks import fold_norms, restore_model
+from training.provenance import versions
+from training.recipes import CITYSCAPES, find_recipe
+from training.resumption import saved_recipe
+from training.snapshots import find_checkpoint
+from utils.arguments import OutputError, Parser, UsageError, add_flags, run_script, take_flags
+from utils.checkpoint import load_checkpoint
+from utils.distributed import Process, choose_devices, process_group
+from utils.files import write_atomically
 
 
-class OutputError(RuntimeError):
-    """Results that cannot be written: one line that names the folder and the reason."""
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> EvaluationOptions:
     parser = Parser(__doc__)
-    add_data_arguments(parser, DATASETS, split="val")
+    add_flags(parser, EvaluationOptions)
+    try:
+        return EvaluationOptions(**take_flags(EvaluationOptions, parser.parse_args(argv)))
+    except UsageError as error:
+        parser.error(str(error))
 
-    network = parser.add_argument_group("network")
-    network.add_argument(
-        "--restore-from", type=Path, required=True, help="checkpoint, or a folder to take the newest from"
+
+def main() -> None:
+    options = parse_args()
+    devices = choose_devices(options.gpu)
+    if len(devices) > 1:
+        raise UsageError(f"--gpu {options.gpu}: evaluation takes one GPU for each process; use torchrun")
+    with process_group(devices) as process:
+        with process.all_or_none():
+            evaluation = build(options, process)
+        began = time.perf_counter()
+        submission, reports = evaluation.submission, evaluation.reports
+        with ExitStack() as stack:
+            if submission is not None:
+                stack.callback(submission.remove_parts)
+            with process.all_or_none():
+                bar = tqdm(
+                    evaluation.loaded, total=evaluation.share, unit="image", disable=not process.is_main
+                )
+                count_predictions(evaluation.predict, bar, evaluation.matrix, process, evaluation.save)
+                if submission is not None:
+                    submission.close()
+            seconds = time.perf_counter() - began
+            evaluation.matrix.add_processes(process)
+            if reports is not None:
+                for others in process.all_gather_object([*reports.worst, *reports.best]):
+                    reports.add(others)
+            with process.all_or_none():
+                if process.is_main:
+                    report(evaluation, options, seconds)
+
+
+@dataclass
+class Evaluation:
+    """A network, the samples that this process predicts, and where the counts go."""
+
+    settings: dict[str, Any]  # for metrics.json
+    spec: DatasetSpec
+    pairs: list[Pair]
+    share: int  # images of this process
+    loaded: Iterator[Sample]
+    predict: Predict
+    matrix: ConfusionMatrix
+    save: Save | None
+    metrics_file: Path
+    submission: Submission | None
+    reports: ImageReports | None
+    other: tuple[str, dict[str, Any]] | None  # to compare with
+
+
+def build(options: EvaluationOptions, process: Process) -> Evaluation:
+    """Checkpoint, data and network of a command line."""
+    if options.recipe:
+        find_recipe(options.recipe)  # for what its module registers
+    path = find_checkpoint(options.restore_from)
+    checkpoint = load_checkpoint(path)
+    trained = trained_with(checkpoint, path)
+    ignore_label = trained["ignore_label"] if options.ignore_label is None else options.ignore_label
+    num_classes = options.num_classes
+    if num_classes is None and options.dataset == "list":
+        num_classes = trained["num_classes"]
+    spec = find_dataset(options.data_dir, options.dataset, num_classes, ignore_label)
+    pairs = list_samples(spec, options.data_dir, options.split, options.data_list)
+    if any(pair.label is None for pair in pairs):
+        if options.report:
+            raise DataError("--report: these images have no labels to be scored against")
+        if not (options.save or options.submission):
+            raise DataError("these images have no labels to be scored against; --save keeps the predictions")
+    if options.submission and spec.name != "cityscapes":
+        raise UsageError(f"--submission is for Cityscapes' server; this data set is {spec.name}")
+    other = None
+    if options.compare is not None:  # before the output folder is prepared, which may be the same
+        other = (str(options.compare), read_metrics(options.compare))
+        check_comparable(other[1], spec.labels.names, options.compare)
+    given = {name: getattr(options, name) for name in ("model", "backbone", "recurrence")}
+    given = {name: value for name, value in given.items() if value is not None}
+    doubts = check_supervision(pairs, spec.labels, spec.ignore_label, training=False)
+    if process.is_main and doubts:
+        print("\n".join(doubts))
+    model, config = restore_model(checkpoint, path, num_classes=spec.labels.num_classes, **given)
+    normalization = Normalization(config.mean, config.std, config.channel_order)
+    metrics_file = prepare_output(options.output_dir)
+
+    # Normalisation costs nothing once it is part of the convolutions.
+    network = fold_norms(model).to(process.device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    tile_size = options.input_size or trained["input_size"]
+    predict = whole(network) if options.whole else sliding(network, tile_size, options.batch_size)
+    predict = with_autocast(predict, options.amp, process.device)
+    if options.short_sides:
+        predict = short_sides(predict, options.short_sides, 1000, options.flip, spec.labels.mirror_pairs)
+    else:
+        predict = multi_scale(predict, options.scales, options.flip, spec.labels.mirror_pairs)
+    clip = options.clip or trained["clip"]
+    samples: Sequence[Pair | Clip] = pairs
+    if clip > 1:
+        samples, strides = evaluation_clips(spec, pairs, clip)
+        if process.is_main:
+            print("\n".join(strides))
+    dataset = EvaluationDataset(samples, spec.labels, normalization, spec.ignore_label)
+    share = dataset.share(process.rank, process.world_size)
+    savers: list[Save] = []
+    submission = reports = None
+    if options.save:
+        savers.append(prediction_writer(options.output_dir, spec.labels, normalization))
+    if options.submission:
+        submission = Submission(options.submission, spec.labels, process.rank, process.world_size)
+        savers.append(submission)
+    if options.report:
+        reports = ImageReports(options.report_images, spec.labels, spec.ignore_label, normalization)
+        savers.append(reports)
+    return Evaluation(
+        settings={
+            "checkpoint": str(path),
+            **{name: getattr(config, name) for name in ("model", "backbone", "recurrence")},
+            "input_size": tile_size,
+            "step": trained["step"],
+            "clip": clip,
+        },
+        spec=spec,
+        pairs=pairs,
+        share=len(share),
+        loaded=load_samples(share, options.num_workers, pin_memory=process.device.type == "cuda"),
+        predict=predict,
+        matrix=ConfusionMatrix(spec.labels.num_classes, spec.ignore_label, process.device),
+        save=in_turn(savers) if savers else None,
+        metrics_file=metrics_file,
+        submission=submission,
+        reports=reports,
+        other=other,
     )
-    network.add_argument("--model", choices=MODELS, help="as in the checkpoint")
-    network.add_argument("--backbone", choices=BACKBONES, help="as in the checkpoint")
-    network.add_argument("--recurrence", type=count, help="as in the checkpoint")
-
-    protocol = parser.add_argument_group("protocol")
-    protocol.add_argument(
-        "--whole", **SWITCH, default=False, help="whole images at once instead of sliding windows"
-    )
-    protocol.add_argument("--input-size", type=size, metavar="H,W", help="tile; the training crop")
-    protocol.add_argument(
-        "--batch-size", type=positive_int, default=4, help="tiles through the network at once"
-    )
-    protocol.add_argument("--scales", type=scales, default="1", metavar="S,S,…", help="e.g. 0.75,1,1.25")
-    protocol.add_argument(
-        "--flip", **SWITCH, default=False, help="average with the mirrored image's prediction"
-    )
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--gpu", default="auto", help="auto, cpu, or a GPU's number")
-    run.add_argument("--output-dir", type=Path, default="results", help="for metrics.json and pictures")
-    run.add_argument(
-        "--save", **SWITCH, default=False, help="predictions as colours, as label ids and beside the labels"
-    )
-
-    args = parser.parse_args(argv)
-    check_data_arguments(parser, args)
-    return args
 
 
-def main(args: argparse.Namespace) -> None:
-    device, *others = choose_devices(args.gpu)
-    if others:
-        raise DeviceError(f"--gpu {args.gpu}: evaluation takes one GPU")
-    source = find_source(args.data_dir, args.dataset, args.num_classes, args.ignore_label)
-    pairs = pairs_of(source, args.data_dir, args.split, args.data_list)
-    if any(pair.label is None for pair in pairs) and not args.save:
-        raise DataError("these images have no labels to be scored against; --save keeps the predictions")
-    path, model, settings = load_model(args, source.table.num_classes)
-    model.to(device, memory_format=torch.channels_last)
-    predict = whole(model) if args.whole else sliding(model, settings["input_size"], args.batch_size)
-    metrics_file = prepare_output(args.output_dir)
+def in_turn(savers: Sequence[Save]) -> Save:
+    """A function that hands a prediction to several."""
 
-    matrix = ConfusionMatrix(source.table.num_classes, args.ignore_label, device)
-    samples = load(
-        EvaluationDataset(pairs, source.table, args.ignore_label),
-        args.num_workers,
-        pin_memory=device.type == "cuda",
-    )
-    save = saver(args.output_dir, source.table) if args.save else None
-    predict = multi_scale(predict, args.scales, args.flip)
-    evaluate(predict, tqdm(samples, total=len(pairs), unit="image", mininterval=1), matrix, device, save)
+    def save(sample: Sample, prediction: np.ndarray) -> None:
+        for each in savers:
+            each(sample, prediction)
 
-    if args.save:
-        print(f"predictions are in {args.output_dir}/ (colour, ids, panels)")
+    return save
+
+
+def trained_with(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What evaluation takes from a checkpoint's run; a plain state dict is taken for the published one's."""
+    recipe, images = CITYSCAPES, None
+    if checkpoint.keys() & {"recipe", "settings"}:
+        recipe, images = saved_recipe(path, checkpoint, "cannot be evaluated")
+    step = checkpoint.get("step")
+    return {
+        "input_size": recipe.input_size,
+        "ignore_label": recipe.ignore_label,
+        "clip": recipe.clip,
+        "num_classes": recipe.network.num_classes if images is not None else None,
+        "step": step if isinstance(step, int) else None,
+    }
+
+
+def report(evaluation: Evaluation, options: EvaluationOptions, seconds: float) -> None:
+    """Print the table and write ``metrics.json``."""
+    matrix, spec, images = evaluation.matrix, evaluation.spec, len(evaluation.pairs)
+    speed = images / seconds
+    print(f"{images} images in {seconds:.1f} s, {speed:.3g} images/s")
+    if options.save:
+        print(f"predictions are in {options.output_dir}/ (colour, ids, panels)")
+    if evaluation.submission is not None:
+        count = evaluation.submission.finish()
+        print(f"{count} predictions for Cityscapes' server are in {options.submission}")
     if not matrix.counts.any():
         print("no labelled pixel, so there are no scores")
         return
-    scored = sum(pair.label is not None for pair in pairs)
-    print(matrix.table(source.table.names))
-    metrics = matrix.summary(source.table.names) | {
+    scored = sum(pair.label is not None for pair in evaluation.pairs)
+    print(matrix.table(spec.labels.names))
+    metrics = matrix.summary(spec.labels.names) | {
+        "images_per_second": speed,
         "settings": {
-            "checkpoint": str(path),
-            **settings,
-            "data_dir": str(args.data_dir),
-            "dataset": source.name,
-            "split": str(args.data_list or args.split),
+            **evaluation.settings,
+            "data_dir": str(options.data_dir),
+            "dataset": spec.name,
+            "split": str(options.data_list or options.split),
             "images": scored,
-            "whole": args.whole,
-            "scales": args.scales,
-            "flip": args.flip,
-        }
+            **{name: getattr(options, name) for name in ("whole", "scales", "short_sides", "flip", "amp")},
+        },
     }
-    metrics_file.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    print(f"mIoU {100 * metrics['mIoU']:.2f} over {scored} images; written to {metrics_file}")
+    try:
+        write_atomically(evaluation.metrics_file, json.dumps(metrics, indent=1) + "\n")
+    except OSError as error:
+        raise OutputError(f"{evaluation.metrics_file}: cannot write the scores ({error.strerror})") from None
+    if evaluation.reports is not None:
+        page = report_page(metrics, spec.labels.palette, evaluation.reports, versions(), evaluation.other)
+        file = options.output_dir / "report.html"
+        try:
+            write_atomically(file, page)
+        except OSError as error:
+            raise OutputError(f"{file}: cannot write the report ({error.strerror})") from None
+        print(f"the report is in {file}")
+    classes, file = matrix.num_scored(), evaluation.metrics_file
+    mean_of = f", mean of {classes} of {matrix.num_classes} classes" if classes < matrix.num_classes else ""
+    print(f"mIoU {100 * metrics['mIoU']:.2f} over {scored} images{mean_of}; written to {file}")
 
 
 def prepare_output(directory: Path) -> Path:
@@ -147,53 +270,11 @@ def prepare_output(directory: Path) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         metrics_file.touch()
-        metrics_file.unlink()
+        metrics_file.unlink(missing_ok=True)  # of several processes another may have been faster
     except OSError as error:
         raise OutputError(f"{directory}: cannot write results there ({error.strerror})") from None
     return metrics_file
 
 
-def load_model(args: argparse.Namespace, num_classes: int) -> tuple[Path, nn.Module, dict[str, Any]]:
-    """The checkpoint's path, its network in evaluation mode, and the settings it was built with."""
-    path = find_checkpoint(args.restore_from)
-    checkpoint = load_checkpoint(path)
-    trained = checkpoint.get("settings", {})
-    try:
-        settings = {name: trained.get(name, default) for name, default in PUBLISHED.items()}
-        settings |= {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
-        height, width = settings["input_size"]
-        if min(height, width) < 1:
-            raise ValueError(f"input_size {height},{width}")
-        model = build_model(settings["model"], num_classes, settings["backbone"], settings["recurrence"])
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its settings make no network ({error})") from None
-    load_weights(model, model_state(checkpoint), path)
-    step = checkpoint.get("step")
-    # Normalisation costs nothing once it is part of the convolutions.
-    return path, fold_norms(model), settings | {"step": step if isinstance(step, int) else None}
-
-
-def saver(directory: Path, table: LabelTable) -> Save:
-    """A function that writes a prediction as colours, as original label ids, and beside image and label."""
-    for folder in ("colour", "ids", "panels"):
-        (directory / folder).mkdir(exist_ok=True)
-
-    def write(folder: str, name: str, picture: np.ndarray) -> None:
-        Image.fromarray(picture).save(directory / folder / f"{name}.png")
-
-    def save(name: str, image: Tensor, label: Tensor | None, prediction: Tensor) -> None:
-        colour = table.colour(prediction.numpy())
-        beside = [] if label is None else [table.colour(label.numpy())]
-        write("colour", name, colour)
-        write("ids", name, table.decode(prediction.numpy()))
-        write("panels", name, side_by_side(denormalize(image.numpy()), *beside, colour))
-
-    return save
-
-
 if __name__ == "__main__":
-    exit_on(
-        lambda: main(parse_args()),
-        usage=(DeviceError,),
-        data=(DataError, CheckpointError, OutputError, OSError, MemoryError),
-    )
+    run_script(main)

@@ -3,8 +3,10 @@
     python setup.py build_ext --inplace      for work in this folder
     pip install -e . --no-build-isolation    as a package
 
-C++ for the CPU, and CUDA where PyTorch is a CUDA build and nvcc of its major version is there. What is
-missing is said in a line and left out, and the install succeeds: without kernels the PyTorch path serves.
+C++ for the CPU, and CUDA where PyTorch is a CUDA build and nvcc of its major version is found. What is
+missing is left out with a line that says so, and the install succeeds: without kernels the PyTorch path
+serves. CUDA kernels are built for sm_50, 52 and 61 and for the visible GPUs, or if none is visible for sm_80
+and 90, as far as nvcc knows them; later GPUs compile the PTX of the last.
 
     FORCE_CUDA=1             an error instead, where CUDA kernels cannot be built
     CUDA_GENCODE             nvcc's -gencode flags, taken as they are
@@ -25,8 +27,10 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ["cc_attention", "libs"]
 DEFAULT_ARCHITECTURES = ["50", "52", "61"]
-# For toolkits that no longer know the defaults, where no GPU is visible: two of them have tensor cores.
-LATER_ARCHITECTURES = ["75", "80", "90"]
+# Added where no GPU is visible: the data centre GPUs whose tensor cores the kernels use.
+TENSOR_CORE_ARCHITECTURES = ["80", "90"]
+# Added where no GPU is visible either, by toolkits that no longer know the defaults.
+LOWEST_ARCHITECTURE = "75"
 
 
 def say(message: str) -> None:
@@ -80,26 +84,29 @@ def gencode_flags(supported: list[str], visible: list[str]) -> tuple[list[str], 
     if wish := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return [], f"TORCH_CUDA_ARCH_LIST={wish}"  # PyTorch's build tools read it themselves
     dropped = [arch for arch in DEFAULT_ARCHITECTURES if arch not in supported]
-    kept = {arch for arch in [*DEFAULT_ARCHITECTURES, *visible] if arch in supported}
-    later = [arch for arch in LATER_ARCHITECTURES if arch in supported]
-    chosen = sorted(kept or later or supported[:1], key=int)
+    wanted = [*DEFAULT_ARCHITECTURES, *(visible or TENSOR_CORE_ARCHITECTURES)]
+    if dropped == DEFAULT_ARCHITECTURES and not visible:
+        wanted.append(LOWEST_ARCHITECTURE)
+    chosen = sorted({arch for arch in wanted if arch in supported} or supported[:1], key=int)
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
     last = chosen[-1]
     flags.append(f"-gencode=arch=compute_{last},code=compute_{last}")  # PTX: later GPUs compile it themselves
     reason = f"sm_{', sm_'.join(chosen)} and PTX of the last"
     if visible:
         reason += f"; visible GPUs: sm_{', sm_'.join(sorted(set(visible), key=int))}"
+    else:
+        reason += "; no GPU is visible"
     if dropped:
         reason += f"; this nvcc no longer knows the defaults sm_{', sm_'.join(dropped)}"
     return flags, reason
 
 
 def source_hash(package: str) -> str:
-    """The package's own function, without importing the package."""
-    spec = importlib.util.spec_from_file_location("native", ROOT / package / "native.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.source_hash()
+    """The hash by which ``cc_attention.native`` knows the package's binary, without importing a package."""
+    spec = importlib.util.spec_from_file_location("native", ROOT / "cc_attention" / "native.py")
+    native = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(native)
+    return native.Kernels(ROOT / package).source_hash()
 
 
 def extensions(torch) -> list:
@@ -152,6 +159,11 @@ def tolerant_build(base: type) -> type:
     """PyTorch's build command, for which a failed build is a line and not the end of the install."""
 
     class Build(base):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # What build/ holds may be of another PyTorch, CUDA or compiler: ninja tells, file times do not.
+            self.force = True
+
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()

@@ -2,6 +2,7 @@
 
     python benchmarks/attention.py
     python benchmarks/attention.py --device cuda --dtype bfloat16 --batch 8
+    python benchmarks/attention.py --frames 5        clips: attention along time as well
 
 Timings are medians of rounds in which the formulations take turns, so that a disturbance hits them all.
 "MiB" is the peak above the inputs. Ratios are over the tensor formulation, the usual public one. The floor is
@@ -12,6 +13,7 @@ and writing the results once at the speed of a copy, whichever takes longer.
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -26,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cc_attention import backend, criss_cross_attention, eager
+from cc_attention import backend, chunked, criss_cross_attention
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -52,6 +54,30 @@ def tensor_formulation(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     along_column = torch.bmm(columns(value), column.transpose(1, 2)).view(batch, width, -1, height)
     along_row = torch.bmm(rows(value), row.transpose(1, 2)).view(batch, height, -1, width)
     return along_column.permute(0, 2, 3, 1) + along_row.permute(0, 2, 1, 3)
+
+
+def clip_tensor_formulation(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The tensor formulation along three axes, for (B,C,T,H,W)."""
+    axes = (2, 3, 4)  # time, column, row
+
+    def lines(x: Tensor, axis: int) -> Tensor:  # (lines, C, N)
+        return x.movedim((1, axis), (3, 4)).contiguous().flatten(0, 2)
+
+    energies = []
+    for axis in axes:
+        energy = torch.bmm(lines(query, axis).transpose(1, 2), lines(key, axis))  # (lines, N, N)
+        if axis != 4:
+            own = torch.eye(query.shape[axis], dtype=torch.bool, device=query.device)
+            energy = energy.masked_fill(own, float("-inf"))
+        others = [query.shape[0], *(query.shape[other] for other in axes if other != axis)]
+        energies.append(energy.unflatten(0, others).movedim(3, axis - 1))  # (B,T,H,W,N)
+    attention = torch.cat(energies, dim=4).softmax(dim=4)
+    results = []
+    for axis, weights in zip(axes, attention.split(list(query.shape[2:]), dim=4), strict=True):
+        weights = weights.movedim(axis - 1, 3).contiguous()
+        result = torch.bmm(lines(value, axis), weights.flatten(0, 2).transpose(1, 2))  # (lines, C, N)
+        results.append(result.unflatten(0, weights.shape[:3]).movedim((3, 4), (1, axis)))
+    return results[0] + results[1] + results[2]
 
 
 def einsum_formulation(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -95,13 +121,13 @@ class PyTorchPath(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out, lse = eager.forward(query, key, value)
+        out, lse = chunked.forward(query, key, value)
         ctx.save_for_backward(query, key, value, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return eager.backward(grad, *ctx.saved_tensors)
+        return chunked.backward(grad, *ctx.saved_tensors)
 
 
 FORMULATIONS: dict[str, tuple[Function, torch.memory_format]] = {
@@ -113,6 +139,12 @@ FORMULATIONS: dict[str, tuple[Function, torch.memory_format]] = {
     "non-local, explicit": (non_local, torch.contiguous_format),
     "non-local, sdpa": (non_local_sdpa, torch.channels_last),
 }
+CLIP_FORMULATIONS: dict[str, tuple[Function, torch.memory_format]] = {
+    "ours": (criss_cross_attention, torch.channels_last_3d),
+    "ours, NCTHW inputs": (criss_cross_attention, torch.contiguous_format),
+    "ours, PyTorch path": (PyTorchPath.apply, torch.channels_last_3d),
+    "tensor formulation": (clip_tensor_formulation, torch.contiguous_format),
+}
 BASELINE = "tensor formulation"
 
 
@@ -121,16 +153,21 @@ def opaque_flops(name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
 
     Both recompute the energies in the backward pass, which has two products for each of the forward ones.
     """
-    batch, reduced, channels, height, width = shape
-    positions = batch * height * width
-    if name.startswith("ours"):  # each position meets its row and its column
-        met, energy, gather = positions * (height + width), reduced, channels
+    batch, reduced, channels, *sizes = shape
+    positions = batch * math.prod(sizes)
+    if name.startswith("ours"):  # each position meets the lines through it
+        met, energy, gather = positions * sum(sizes), reduced, channels
     elif name == "non-local, sdpa":  # each position meets all, once for each of C / Cr heads
-        met, energy, gather = positions * height * width, channels, channels
+        met, energy, gather = positions * math.prod(sizes), channels, channels
     else:
         return None
     forward = 2 * met * (energy + gather)
     return forward, 3 * forward + 2 * met * energy
+
+
+def sizes_of(options: argparse.Namespace) -> list[int]:
+    """H and W, with T before them for clips."""
+    return ([options.frames] if options.frames else []) + options.size
 
 
 def step(function: Function, inputs: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
@@ -188,12 +225,9 @@ def floor(options: argparse.Namespace) -> dict[str, float]:
     copy = min(seconds(lambda: target.copy_(source), device) for _ in range(5))
     rate, bandwidth = 2 * size**3 / fastest, 2 * 4 * source.numel() / copy
 
-    height, width = options.size
-    small, large = (
-        options.batch * channels * height * width * dtype.itemsize
-        for channels in (options.reduced, options.channels)
-    )
-    shape = (options.batch, options.reduced, options.channels, height, width)
+    positions = options.batch * math.prod(sizes_of(options))
+    small, large = (positions * c * dtype.itemsize for c in (options.reduced, options.channels))
+    shape = (options.batch, options.reduced, options.channels, *sizes_of(options))
     flops = opaque_flops("ours", shape)
     assert flops is not None
     # Forward: query, key, value in, out out; backward: these and the gradient of out in, three gradients out.
@@ -210,18 +244,21 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """For each formulation ms, MiB and GFLOP, forward and forward + backward."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
-    shapes = [(options.batch, c, *options.size) for c in (options.reduced, options.reduced, options.channels)]
+    formulations = CLIP_FORMULATIONS if options.frames else FORMULATIONS
+    shapes = [
+        (options.batch, c, *sizes_of(options)) for c in (options.reduced, options.reduced, options.channels)
+    ]
     base = [0.3 * torch.randn(shape, device=device).to(dtype) for shape in shapes]
     base_grad = torch.randn(shapes[2], device=device).to(dtype)
     parts, results = ("forward", "both"), dict[str, dict[str, float]]()
     # Non-local after all others have been measured, with few rounds: it takes a hundred times as long, and
     # the memory that it hands back to the system makes whatever runs after it pay for getting some again.
-    slow = [] if options.criss_cross_only else [name for name in FORMULATIONS if name.startswith("non-local")]
-    fast = [name for name in FORMULATIONS if not name.startswith("non-local")]
+    slow = [] if options.criss_cross_only else [name for name in formulations if name.startswith("non-local")]
+    fast = [name for name in formulations if not name.startswith("non-local")]
     for group, rounds in ((fast, options.rounds), (slow, min(options.rounds, 3))):
         runs: dict[tuple[str, str], Callable[[], object]] = {}
         for name in group:
-            function, memory_format = FORMULATIONS[name]
+            function, memory_format = formulations[name]
             inputs = [x.contiguous(memory_format=memory_format) for x in base]
             grad = base_grad.contiguous(memory_format=memory_format)
             runs[name, "forward"] = lambda f=function, x=inputs: f(*x)
@@ -229,7 +266,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
             results[name] = {
                 f"{part} MiB": peak_mib(runs[name, part], device) for part in ("forward", "both")
             }
-            flops = opaque_flops(name, (options.batch, options.reduced, options.channels, *options.size))
+            flops = opaque_flops(name, (options.batch, options.reduced, options.channels, *sizes_of(options)))
             for index, part in enumerate(parts):
                 with FlopCounterMode(display=False) as counter:
                     runs[name, part]()
@@ -265,15 +302,20 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=512)
     parser.add_argument("--reduced", type=int, default=64, help="channels of query and key")
     parser.add_argument("--size", type=lambda text: [int(part) for part in text.split(",")], default=[97, 97])
+    parser.add_argument(
+        "--frames", type=int, default=0, metavar="T", help="clips of T frames; default: images"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--criss-cross-only", action="store_true", help="leave the slow non-local ones out")
     parser.add_argument("--json", type=Path, help="write the numbers there as well")
     options = parser.parse_args()
+    if options.frames < 0:
+        parser.error(f"--frames must be at least 1; got {options.frames}")
     results = measure(options)
-    height, width = options.size
+    sizes = " ".join(f"{name}={n}" for name, n in zip("WHT", reversed(sizes_of(options)), strict=False))
     on_gpu = options.device == "cuda"
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
-    shape = f"B={options.batch} C={options.channels} Cr={options.reduced} H={height} W={width}"
+    shape = f"B={options.batch} C={options.channels} Cr={options.reduced} {sizes}"
     print(f"{shape} {options.dtype}, {where}")
     print(f"torch {torch.__version__}; {backend()}\n")
     print(table(results))

@@ -21,9 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import DataError, TrainTransform, find_source, pairs_of
+from dataset import DataError, TrainTransform, find_dataset, list_samples
 from dataset.demo import generate
-from dataset.files import read_sample
+from dataset.reading import read_sample
 
 STEP_RATES = (2, 8, 16, 32)  # images/s that a training step may eat
 
@@ -40,14 +40,14 @@ def noisy_scenes(folder: Path, count: int) -> Path:
 
 def measure(data: Path, crop: tuple[int, int], rounds: int) -> dict[str, float]:
     """Milliseconds of each stage on one core, and images a second."""
-    source = find_source(data)
-    pairs = pairs_of(source, data, "train")[:32]
+    spec = find_dataset(data)
+    pairs = list_samples(spec, data, "train")[:32]
     transform, rng = TrainTransform(crop), np.random.default_rng(0)
     reading, augmenting, sizes = [], [], []
     for index in range(rounds * len(pairs)):
         pair = pairs[index % len(pairs)]
         began = time.perf_counter()
-        image, label = read_sample(pair, source.table, 255)
+        image, label = read_sample(pair, spec.labels, 255)
         read = time.perf_counter()
         transform(image, label, rng)
         reading.append(1000 * (read - began))

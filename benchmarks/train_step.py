@@ -28,10 +28,11 @@ import cc_attention
 import libs
 from benchmarks.attention import peak_mib, seconds, tensor_formulation
 from benchmarks.memory import PLAIN, hardware, network, parser_of
+from dataset import Batch
 from networks import build_model
-from utils.criterion import build_criterion
+from training.criterion import build_criterion
+from training.step import TrainStep, build_optimizer
 from utils.distributed import Process
-from utils.training import TrainStep, build_optimizer
 
 USUAL = "usual, fp32"
 # name: (amp, checkpoint activations)
@@ -47,8 +48,8 @@ COLUMNS = ("images/s", "peak MiB")
 def usual_code() -> Iterator[None]:
     """The network without its savings: all activations held, attention by the tensor formulation."""
     with (
-        patch("networks.resnet.conv_of_relu", lambda conv, x: conv(F.relu_(x))),
-        patch("networks.resnet.two_blocks", lambda first, second, x: second(first(x))),
+        patch("networks.resnet.relu_conv", lambda conv, x: conv(F.relu_(x))),
+        patch("networks.resnet.run_block_pair", lambda first, second, x: second(first(x))),
         patch("cc_attention.modules.criss_cross_attention", tensor_formulation),
     ):
         yield
@@ -65,6 +66,7 @@ def build(name: str, options: argparse.Namespace) -> Callable[[], object]:
     keys = torch.arange(batch)
     if device.type == "cuda":
         images, labels, keys = (x.pin_memory() for x in (images, labels, keys))
+    batch_of_step = Batch(images, labels, keys)
 
     if name == USUAL:
         model = network(PLAIN, options.backbone, device).to(memory_format=torch.contiguous_format)
@@ -75,13 +77,13 @@ def build(name: str, options: argparse.Namespace) -> Callable[[], object]:
         model = build_model(backbone=options.backbone, checkpoint_activations=twice)
         model.to(device, memory_format=torch.channels_last).train()
         step = TrainStep(model, criterion, build_optimizer(model, 1e-5, 0.9, 1e-4), process, amp)
-    step.start()
+    step.wrap_model()
 
     def run() -> object:
         if name == USUAL:
             with usual_code():
-                return step(images, labels, keys)
-        return step(images, labels, keys)
+                return step(batch_of_step)
+        return step(batch_of_step)
 
     return run
 

@@ -1,11 +1,13 @@
 """Criss-cross attention as a readable formula in plain PyTorch.
 
-This is the definition that everything else is held against (paper, section 3.1). It also serves where a
-formula is needed instead of a kernel: second derivatives and export. It stores the whole attention.
+This is the definition that everything else is held against (paper, section 3.1; for clips, the paper's 3-D
+criss-cross attention). It also serves where a formula is needed instead of a kernel: second derivatives,
+function transforms and export. It stores the whole attention.
 
-    out[u] = Σ_i softmax_i(query[u] · key[i]) value[i],   i in the row and the column of position u
+    out[u] = Σ_i softmax_i(query[u] · key[i]) value[i],   i on one of the lines through position u
 
-The path of a position has H + W - 1 positions: its own one, met by the row and by the column, counts once.
+Lines are the row and the column of a position, and in a clip the line through time. The position itself lies
+on all of them and counts once, so there are H + W - 1 (T + H + W - 2) terms.
 """
 
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,31 +39,48 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
 @without_autocast
 def attention_weights(query: Tensor, key: Tensor) -> Tensor:
-    """The attention of each position along its column, then along its row.
+    """The attention of each position along its column, then its row; in a clip along time before them.
 
     Args:
-        query, key: (B,Cr,H,W).
+        query, key: (B,Cr,H,W) or (B,Cr,T,H,W).
 
     Returns:
-        (B,H,W,H+W), in fp32 for half types. Sums to 1 over the last dimension. The own position carries its
-        weight in the row part and exactly 0 in the column part.
+        (B,H,W,H+W) or (B,T,H,W,T+H+W), in fp32 for half types. Sums to 1 over the last dimension. The own
+        position carries its weight in the row part and exactly 0 in the others.
     """
-    height = query.shape[2]
+    if query.dim() == 5 and query.shape[2] == 1:  # an image, and no weight along time
+        return F.pad(attention_weights(query.squeeze(2), key.squeeze(2)), (1, 0)).unsqueeze(1)
     query, key = _upcast(query), _upcast(key)
-    column = torch.einsum("bchw,bcgw->bhwg", query, key)  # (B,H,W,H): along g, the rows of the column
-    row = torch.einsum("bchw,bchv->bhwv", query, key)  # (B,H,W,W)
-    own = torch.eye(height, dtype=torch.bool, device=query.device).unsqueeze(1)  # (H,1,H): g == h
-    return torch.cat([column.masked_fill(own, float("-inf")), row], dim=-1).softmax(dim=-1)
+    row = torch.einsum("bc...hw,bc...hv->b...hwv", query, key)
+    column = torch.einsum("bc...hw,bc...gw->b...hwg", query, key)  # along g, the rows of the column
+    own = _own(query.shape[-2], query).unsqueeze(1)  # (H,1,H): g == h
+    parts = [column.masked_fill(own, float("-inf")), row]
+    if query.dim() == 5:
+        time = torch.einsum("bcthw,bcshw->bthws", query, key)
+        own = _own(query.shape[2], query)[:, None, None]  # (T,1,1,T): s == t
+        parts.insert(0, time.masked_fill(own, float("-inf")))
+    return torch.cat(parts, dim=-1).softmax(dim=-1)
 
 
 @without_autocast
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """(B,Cr,H,W), (B,Cr,H,W), (B,C,H,W) → (B,C,H,W), of the value's dtype."""
-    height, width = query.shape[2:]
-    column, row = attention_weights(query, key).split([height, width], dim=-1)
+    """(B,Cr,H,W), (B,Cr,H,W), (B,C,H,W) → (B,C,H,W), or the same with T after the channels.
+
+    The result has the value's dtype.
+    """
+    if value.dim() == 5 and value.shape[2] == 1:
+        return criss_cross_attention(query.squeeze(2), key.squeeze(2), value.squeeze(2)).unsqueeze(2)
+    *time, column, row = attention_weights(query, key).split(list(value.shape[2:]), dim=-1)
     wide = _upcast(value)
-    out = torch.einsum("bhwg,bcgw->bchw", column, wide) + torch.einsum("bhwv,bchv->bchw", row, wide)
+    out = torch.einsum("b...hwg,bc...gw->bc...hw", column, wide)
+    out = out + torch.einsum("b...hwv,bc...hv->bc...hw", row, wide)
+    if time:
+        out = out + torch.einsum("bthws,bcshw->bcthw", time[0], wide)
     return out.to(value.dtype)
+
+
+def _own(length: int, like: Tensor) -> Tensor:
+    return torch.eye(length, dtype=torch.bool, device=like.device)
 
 
 def _upcast(x: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """CamVid (Brostow et al., 2008): 11 classes, 480×360 frames of SegNet's split, 367 / 101 / 233."""
 
+import re
 from pathlib import Path
 
-from dataset.files import Pair, Source, read_list
-from dataset.labels import DataError, LabelTable
+from dataset.labels import LabelTable
+from dataset.source import DatasetSpec, Pair, find_images, find_labels, read_list
 
 CLASSES: dict[str, tuple[int, int, int]] = {
     "sky": (128, 128, 128),
@@ -19,7 +20,7 @@ CLASSES: dict[str, tuple[int, int, int]] = {
     "bicyclist": (0, 128, 192),
 }
 
-TABLE = LabelTable(
+LABELS = LabelTable(
     names=tuple(CLASSES), ids=tuple(range(11)), palette=tuple(CLASSES.values()), ignored_ids=(11, 255)
 )
 
@@ -31,7 +32,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
 }
 
 
-def find_pairs(root: Path, split: str) -> list[Pair]:
+def list_samples(root: Path, split: str) -> list[Pair]:
     """All pairs of a split: those of ``<split>.txt`` or, without it, those found in the folders."""
     pairs: list[Pair] = []
     for folder in SPLITS[split]:
@@ -40,20 +41,29 @@ def find_pairs(root: Path, split: str) -> list[Pair]:
             pairs += read_list(list_file, root)
             continue
         # SegNet's own lists name files of its authors' machine (/SegNet/CamVid/…); the folders tell as much.
-        images = sorted(path for path in (root / folder).glob("*") if path.suffix in (".png", ".jpg"))
-        if not images:
-            raise DataError(f"{root / folder}: no images (*.png, *.jpg) found there")
-        pairs += [Pair(image, root / f"{folder}annot" / f"{image.stem}.png") for image in images]
+        labels = find_labels(root / f"{folder}annot")
+        for image in find_images(root / folder):
+            pairs.append(Pair(image, labels.get(image.stem, root / f"{folder}annot" / f"{image.stem}.png")))
     return pairs
 
 
-CAMVID = Source(
+def frame_of(image: Path) -> tuple[str, int] | None:
+    """Sequence and frame number of an image: 0016E5_07959.png → train/0016E5, 7959.
+
+    Each split is a sequence of its own: that of val has another spacing of frames.
+    """
+    match = re.fullmatch(r"(.+)_f?(\d+)", image.stem)
+    return (f"{image.parent.name}/{match[1]}", int(match[2])) if match else None
+
+
+CAMVID = DatasetSpec(
     name="camvid",
     prefix="CamVid",
-    table=TABLE,
+    labels=LABELS,
     splits=tuple(SPLITS),
-    foreign_labels=(),
-    layout="<split>/*.png or *.jpg and <split>annot/*.png",
+    other_label_suffixes=(),
+    layout="<split>/*.png (or .jpg …) and <split>annot/*.png",
     matches=lambda root: (root / "trainannot").is_dir() or (root / "testannot").is_dir(),
-    find_pairs=find_pairs,
+    list_samples=list_samples,
+    frame_of=frame_of,
 )

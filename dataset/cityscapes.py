@@ -1,9 +1,10 @@
 """Cityscapes (Cordts et al., CVPR 2016): 19 classes, 2048×1024 images, splits train, val and test."""
 
+from functools import cache
 from pathlib import Path
 
-from dataset.files import Pair, Source
-from dataset.labels import DataError, LabelTable
+from dataset.labels import LabelTable
+from dataset.source import DatasetSpec, Pair, find_images, find_labels
 
 # Every id of the benchmark by name; the licence plate (-1) cannot be stored in an 8-bit file.
 IDS: dict[str, int] = {
@@ -41,7 +42,7 @@ CLASSES: dict[str, tuple[int, int, int]] = {
     "bicycle": (119, 11, 32),
 }
 
-TABLE = LabelTable(
+LABELS = LabelTable(
     names=tuple(CLASSES),
     ids=tuple(IDS[name] for name in CLASSES),
     palette=tuple(CLASSES.values()),
@@ -56,27 +57,26 @@ SPLITS: dict[str, tuple[str, ...]] = {
 }
 
 
-def find_pairs(root: Path, split: str) -> list[Pair]:
+def list_samples(root: Path, split: str) -> list[Pair]:
     """All images of a split with their labels; the images of the test split have none."""
     pairs = []
+    labels_of_city = cache(find_labels)
     for folder in SPLITS[split]:
-        images = sorted((root / "leftImg8bit" / folder).glob("*/*_leftImg8bit.png"))
-        if not images:
-            raise DataError(f"{root / 'leftImg8bit' / folder}: no */*_leftImg8bit.png found there")
-        for image in images:
-            name = image.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")
-            label = root / "gtFine" / folder / image.parent.name / name
+        for image in find_images(root / "leftImg8bit" / folder, "*/*", "_leftImg8bit"):
+            name = image.stem.removesuffix("_leftImg8bit") + "_gtFine_labelIds"
+            city = root / "gtFine" / folder / image.parent.name
+            label = labels_of_city(city).get(name, city / f"{name}.png")
             pairs.append(Pair(image, None if split == "test" else label))
     return pairs
 
 
-CITYSCAPES = Source(
+CITYSCAPES = DatasetSpec(
     name="cityscapes",
     prefix="CS_scenes",
-    table=TABLE,
+    labels=LABELS,
     splits=tuple(SPLITS),
-    foreign_labels=("_labelTrainIds.png", "_instanceIds.png", "_color.png"),
+    other_label_suffixes=("_labelTrainIds.png", "_instanceIds.png", "_color.png"),
     layout="leftImg8bit/<split>/<city>/*_leftImg8bit.png and gtFine/<split>/<city>/*_gtFine_labelIds.png",
     matches=lambda root: (root / "leftImg8bit").is_dir(),
-    find_pairs=find_pairs,
+    list_samples=list_samples,
 )

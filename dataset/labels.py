@@ -9,6 +9,14 @@ import numpy as np
 class DataError(ValueError):
     """A fault in the user's data: one line that names the file, the fault and what to do."""
 
+    exit_status = 1
+
+
+class DataUsageError(DataError):
+    """Options that name no data set, or too little of one."""
+
+    exit_status = 2
+
 
 @dataclass(frozen=True)
 class LabelTable:
@@ -16,30 +24,42 @@ class LabelTable:
 
     Args:
         names: class names, in the order of their train ids 0 .. num_classes - 1.
-        ids: the value that label files store for each class.
+        ids: the value that label files store for each class, 0 .. 255.
         palette: RGB colour of each class.
         ignored_ids: further values that label files may hold; they are not trained on and not scored.
+        mirror_pairs: train ids of classes that swap when an image is mirrored, such as left and right arm.
+
+    Raises:
+        ValueError: lists of different lengths, or a value outside 0 .. 255.
     """
 
     names: tuple[str, ...]
     ids: tuple[int, ...]
     palette: tuple[tuple[int, int, int], ...]
     ignored_ids: tuple[int, ...] = ()
+    mirror_pairs: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        assert len(self.names) == len(self.ids) == len(self.palette)
+        if not len(self.names) == len(self.ids) == len(self.palette):
+            raise ValueError(
+                f"a label table needs as many names ({len(self.names)}) as ids ({len(self.ids)}) "
+                f"and colours ({len(self.palette)})"
+            )
+        for value in (*self.ids, *self.ignored_ids):
+            if not 0 <= value <= 255:
+                raise ValueError(f"a label table holds values 0..255, got {value}")
+        for pair in self.mirror_pairs:
+            if not all(0 <= train_id < self.num_classes for train_id in pair):
+                raise ValueError(f"mirror_pairs holds train ids 0..{self.num_classes - 1}, got {pair}")
 
     @property
     def num_classes(self) -> int:
         return len(self.names)
 
     @cached_property
-    def _train_id_of(self) -> np.ndarray:
-        """(256,) int16: train id of each stored value; -1 ignored, -2 unknown."""
-        train_id_of = np.full(256, -2, np.int16)
-        train_id_of[list(self.ignored_ids)] = -1
-        train_id_of[list(self.ids)] = np.arange(self.num_classes)
-        return train_id_of
+    def known_values(self) -> bytes:
+        """All values that label files may hold."""
+        return bytes({*self.ids, *self.ignored_ids})
 
     def encode(self, stored: np.ndarray, ignore_label: int = 255) -> np.ndarray:
         """Stored label values (H,W) uint8 → train ids (H,W) uint8, ignored ones as ``ignore_label``.
@@ -47,14 +67,18 @@ class LabelTable:
         Raises:
             DataError: a value that the data set does not define.
         """
-        train_ids = self._train_id_of[stored]
-        if train_ids.size and train_ids.min() == -2:
-            unknown = np.unique(stored[train_ids == -2])
+        train_id_of = bytearray([ignore_label] * 256)
+        for train_id, value in enumerate(self.ids):
+            train_id_of[value] = train_id
+        # Bytes are translated without an index array of 8 bytes a pixel.
+        values = bytearray(stored.tobytes())
+        unknown = sorted(set(values.translate(None, self.known_values)))
+        if unknown:
             raise DataError(
                 f"holds label value {', '.join(map(str, unknown[:5]))}, "
                 f"which is none of the {self.num_classes} classes and not ignored"
             )
-        return np.where(train_ids < 0, ignore_label, train_ids).astype(np.uint8)
+        return np.frombuffer(values.translate(bytes(train_id_of)), np.uint8).reshape(stored.shape)
 
     def decode(self, train_ids: np.ndarray) -> np.ndarray:
         """Train ids (H,W) → the values that label files store, uint8, as benchmark servers want them."""
@@ -68,10 +92,14 @@ class LabelTable:
 
 
 def generic_table(num_classes: int, ignore_label: int = 255) -> LabelTable:
-    """The table of a data set that stores train ids directly, with PASCAL VOC's colours."""
+    """The table of a data set that stores train ids 0 .. N-1 directly, with PASCAL VOC's colours.
+
+    With ``ignore_label`` 0 the classes are stored as 1 .. N instead, and 0 is not trained on.
+    """
+    first = 1 if ignore_label == 0 else 0
     return LabelTable(
         names=tuple(f"class {index}" for index in range(num_classes)),
-        ids=tuple(range(num_classes)),
+        ids=tuple(range(first, first + num_classes)),
         palette=tuple(_voc_colour(index) for index in range(num_classes)),
         ignored_ids=(ignore_label,),
     )

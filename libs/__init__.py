@@ -1,7 +1,7 @@
 """Batch normalisation with its activation: ABN, In-Place ABN and synchronised In-Place ABN."""
 
 from libs.conversion import activation_of, fold, freeze, replace_by_batch_norm, to_batch_norm
-from libs.modules import ABN, InPlaceABN, InPlaceABNSync, abort, keep_statistics
+from libs.modules import ABN, InPlaceABN, InPlaceABNSync, abort, keep_statistics, norm_relu
 from libs.ops import backend
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "fold",
     "freeze",
     "keep_statistics",
+    "norm_relu",
     "replace_by_batch_norm",
     "to_batch_norm",
 ]

@@ -9,7 +9,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from libs.functions import ACTIVATIONS, InPlaceABNFunction, Participants, activate, is_dense, scale_of
+from libs.functions import (
+    ACTIVATIONS,
+    InPlaceABNFunction,
+    Settings,
+    SyncGroup,
+    activate,
+    is_dense,
+    scale_of,
+)
+from libs.precision import imprecise_channels
 from libs.synchronized import Processes, Replica, join
 
 
@@ -21,7 +30,7 @@ class ABN(nn.Module):
     Args:
         num_features: channels C of the (B,C,…) input.
         eps: added to the variance and to |weight|.
-        momentum: share of the new batch in the running statistics.
+        momentum: weight of the new batch in the running statistics.
         affine: learn weight and bias; without, the scale is 1 and there is no offset.
         activation: "leaky_relu", "elu" or "identity".
         activation_param: slope of the leaky ReLU, or scale of the ELU.
@@ -87,12 +96,17 @@ class ABN(nn.Module):
 
 
 class InPlaceABN(ABN):
-    """ABN that overwrites its input with its output and holds only that (Rota Bulò et al., CVPR 2018).
+    """ABN that overwrites its input with its output and saves only that (Rota Bulò et al., CVPR 2018).
 
-    The input must not be wanted by anybody else: neither a leaf that requires a gradient nor something that
-    another layer has saved for its own; and nobody may change the output before the backward pass. Autograd
+    The input must not be needed by anything else: neither a leaf that requires a gradient nor something that
+    another layer has saved for backward; and nobody may change the output before the backward pass. Autograd
     raises where this is not so. With leaky ReLU and ELU, ``activation_param`` must be positive, so that they
-    can be inverted. There are no second derivatives.
+    can be inverted.
+
+    Gradients are those of ABN up to the rounding of the output, from which the input is recovered; in half
+    types the input of channels where that rounding counts is saved (libs/precision.py). There are no second
+    derivatives. Under torch.compile, torch.func's transforms and forward-mode differentiation the layer
+    computes as ABN does, out of place.
 
     Raises (in ``forward``):
         ValueError: a wrong number of channels or dimensions, a single value per channel in training, or
@@ -105,37 +119,82 @@ class InPlaceABN(ABN):
             raise ValueError(
                 f"{self.activation} can be inverted for activation_param > 0; got {self.activation_param}"
             )
+        # On CUDA: of which state of the parameters the channels to be saved are known, and these.
+        self._imprecise: tuple[object, Tensor | None] = (None, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,C,…), contiguous or channels-last → the same tensor, overwritten."""
-        participants = self.participants() if self.training else None
-        if torch.compiler.is_compiling() and participants is None:  # the compiler plans memory by itself
+        sync_group = self.sync_group() if self.training else None
+        if self._computes_as_abn(sync_group, x):
             return super().forward(x)
-        self._check(x, alone=participants is None)
+        self._check(x, alone=sync_group is None)
+        return x if x.numel() == 0 else self._run_in_place(x, None, self.activation, sync_group)
+
+    def relu(self, x: Tensor, shortcut: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z = self(x), in x's memory, and relu(z + shortcut): see ``norm_relu``."""
+        sync_group = self.sync_group() if self.training else None
+        fits = shortcut is None or (shortcut.shape == x.shape and shortcut.dtype == x.dtype)
+        if self._computes_as_abn(sync_group, x, shortcut) or self.activation != "identity" or not fits:
+            return _norm_relu(self, x, shortcut)
+        self._check(x, alone=sync_group is None)
         if x.numel() == 0:
-            return x
-        return InPlaceABNFunction.apply(
-            x,
-            self.weight,
-            self.bias,
+            return x, x.clone()
+        if shortcut is not None and shortcut.stride() != x.stride():
+            shortcut = torch.empty_like(x).copy_(shortcut)
+        return self._run_in_place(x, shortcut, "relu", sync_group)
+
+    def sync_group(self) -> SyncGroup | None:
+        """The members that share statistics in training; None: this layer is alone."""
+        return None
+
+    def _run_in_place(
+        self, x: Tensor, shortcut: Tensor | None, activation: str, sync_group: SyncGroup | None
+    ) -> Any:
+        settings = Settings(
             self.running_mean,
             self.running_var,
             self.training,
             self.momentum,
             self.eps,
-            self.activation,
+            activation,
             self.activation_param,
-            participants,
+            sync_group,
         )
+        channels = self._imprecise_channels(x)
+        return InPlaceABNFunction.apply(x, self.weight, self.bias, shortcut, channels, settings)
 
-    def participants(self) -> Participants | None:
-        """Those with whom statistics are shared in training; None: this layer is alone."""
-        return None
+    def _computes_as_abn(self, sync_group: SyncGroup | None, *tensors: Tensor | None) -> bool:
+        """Whether PyTorch's own formula must serve, which every transform of functions knows."""
+        if torch.compiler.is_compiling():  # the compiler plans memory by itself
+            return sync_group is None
+        inputs = [*tensors, self.weight, self.bias]
+        if not torch._C._are_functorch_transforms_active() and not any(map(_has_tangent, inputs)):
+            return False
+        if sync_group is not None:
+            raise RuntimeError(
+                f"{type(self).__name__} cannot synchronise statistics within torch.func's transforms or "
+                "forward-mode differentiation; use ABN there"
+            )
+        return True
+
+    def _imprecise_channels(self, x: Tensor) -> Tensor | None:
+        weight, bias = self.weight, self.bias
+        if x.dtype not in (torch.float16, torch.bfloat16) or weight is None or bias is None:
+            return None
+        if not torch.is_grad_enabled() or not (self.training or weight.requires_grad):
+            return None
+        if not x.is_cuda:
+            return imprecise_channels(weight, bias, self.eps, self.activation)
+        # This waits for the GPU: once for each state of the parameters, and never while a graph is captured.
+        state = (x.device, weight.data_ptr(), weight._version, bias._version)
+        if self._imprecise[0] != state and not torch.cuda.is_current_stream_capturing():
+            self._imprecise = state, imprecise_channels(weight, bias, self.eps, self.activation)
+        return self._imprecise[1]
 
     def _check(self, x: Tensor, alone: bool) -> None:
         name, shape = type(self).__name__, tuple(x.shape)
         if x.dim() < 2 or x.shape[1] != self.num_features:
-            raise ValueError(f"{name} wants (B,{self.num_features},…); got shape {shape}")
+            raise ValueError(f"{name} needs (B,{self.num_features},…); got shape {shape}")
         if self.training and alone and x.numel() == self.num_features:
             raise ValueError(f"{name} needs more than one value per channel to train on; got shape {shape}")
         if not is_dense(x):
@@ -145,13 +204,45 @@ class InPlaceABN(ABN):
             )
 
 
-class InPlaceABNSync(InPlaceABN):
-    """InPlaceABN with the statistics of all participants while training, as if they held one batch.
+def _has_tangent(x: Tensor | None) -> bool:
+    forward_ad = torch.autograd.forward_ad
+    return x is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
-    Participants are the processes of ``process_group`` (default: all; a process outside it is alone), or the
-    replicas of nn.DataParallel, whose threads meet in ``libs.synchronized.Rendezvous``; not both at once.
-    Their parts may differ in size, not in the order of layers: under nn.DataParallel let each replica end in
-    one loss, or autograd may enter several heads in another order on each device.
+
+def norm_relu(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """z = norm(x) and relu(z), or relu(z + shortcut), in one pass for an InPlaceABN with identity activation.
+
+    The numbers are those of ``norm``, an addition and a ReLU one after another. InPlaceABN writes z into the
+    memory of x and saves z and ``shortcut`` for backward, not the sum nor the ReLU. Take gradients through
+    the second output only; z is returned (detached) for those who recompute ReLU's output from it.
+    Any other module is called, and ReLU and addition follow; forward hooks see these calls only.
+
+    Args:
+        norm: a normalisation layer, or nn.Identity where it has been folded into a convolution.
+        x, shortcut: (B,C,…).
+    """
+    if isinstance(norm, InPlaceABN):
+        z, out = norm.relu(x, shortcut)
+    else:
+        z, out = _norm_relu(norm, x, shortcut)
+    return z.detach(), out
+
+
+def _norm_relu(norm: nn.Module, x: Tensor, shortcut: Tensor | None) -> tuple[Tensor, Tensor]:
+    z: Tensor = norm(x)
+    # The gradient of F.threshold needs its input, which is saved anyway; that of relu needs its output.
+    return z, F.threshold(z, 0.0, 0.0) if shortcut is None else F.relu_(z + shortcut)
+
+
+class InPlaceABNSync(InPlaceABN):
+    """InPlaceABN with the statistics of all members of its group in training, as if they held one batch.
+
+    Members are the processes of ``process_group``, or the replicas of nn.DataParallel, whose threads meet in
+    ``libs.synchronized.Rendezvous``; not both at once. By default all processes are members, and exchange
+    statistics in a group of these layers' own, which does not queue behind DDP's gradients. A process outside
+    ``process_group`` is alone. The parts may differ in size, not in the order of layers: under
+    nn.DataParallel let each replica end in one loss, or autograd may enter several heads in another order on
+    each device.
 
     Raises (in ``forward``, in addition):
         ValueError: an empty part, or processes that disagree on the number of channels.
@@ -164,21 +255,30 @@ class InPlaceABNSync(InPlaceABN):
         self._replica: Replica | None = None  # this layer is no replica
 
     def forward(self, x: Tensor) -> Tensor:
-        try:
+        with self._aborts_others():
             return super().forward(x)
+
+    def relu(self, x: Tensor, shortcut: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        with self._aborts_others():
+            return super().relu(x, shortcut)
+
+    @contextmanager
+    def _aborts_others(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             self.abort(error)
             raise
 
     def abort(self, error: BaseException) -> None:
-        """Of a replica: stop the other replicas of its network, which would wait for this one, with an error.
+        """Stop the other replicas of the network, which would wait for this one, with an error.
 
-        To be called by whoever runs replicas and catches ``error`` from one; once, on any of its layers.
+        Call it when a replica has raised ``error``; once, on any layer of that replica.
         """
         if self._replica is not None:
             self._replica.rendezvous.abort(error)
 
-    def participants(self) -> Participants | None:
+    def sync_group(self) -> SyncGroup | None:
         processes = self._processes if self._processes.size > 1 else None
         if self._replica is None or self._replica.size == 1:
             return processes
@@ -193,7 +293,7 @@ class InPlaceABNSync(InPlaceABN):
         super()._check(x, alone)
         if not alone and x.numel() == 0:
             raise ValueError(
-                "InPlaceABNSync needs a value per channel from every participant; "
+                "InPlaceABNSync needs a value per channel from every member; "
                 f"got an empty part of shape {tuple(x.shape)}"
             )
 
@@ -206,7 +306,7 @@ class InPlaceABNSync(InPlaceABN):
 
 @contextmanager
 def keep_statistics(module: nn.Module) -> Iterator[None]:
-    """Within it, layers in training do not update running statistics: for a batch that they saw already."""
+    """Within it, layers in training leave running statistics alone: for a second pass over the same batch."""
     layers = [(layer, layer.momentum) for layer in module.modules() if isinstance(layer, ABN)]
     try:
         for layer, _ in layers:
@@ -218,7 +318,7 @@ def keep_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def abort(network: nn.Module, error: BaseException) -> None:
-    """``InPlaceABNSync.abort`` of whatever such layer a replica has."""
+    """``InPlaceABNSync.abort`` on the first such layer of a replica."""
     for layer in network.modules():
         if isinstance(layer, InPlaceABNSync):
             layer.abort(error)

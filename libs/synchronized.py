@@ -1,4 +1,4 @@
-"""Those who take part in a synchronised layer: torch.distributed's processes or nn.DataParallel's threads."""
+"""The members of a synchronised layer: processes of torch.distributed or threads of nn.DataParallel."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Processes:
-    """The processes of a group (None: the default one), each with this layer of ``channels`` channels."""
+    """The processes of a group (None: all), each with this layer of ``channels`` channels."""
 
     def __init__(self, channels: int, group: dist.ProcessGroup | None = None) -> None:
         self.channels, self.group = channels, group
@@ -20,7 +20,7 @@ class Processes:
 
     @property
     def size(self) -> int:
-        """How many they are: 1 without torch.distributed, and for a process outside the group."""
+        """The number of processes: 1 without torch.distributed, and for a process outside the group."""
         if not (dist.is_available() and dist.is_initialized()):
             return 1
         return max(1, dist.get_world_size(self.group))
@@ -39,18 +39,36 @@ class Processes:
         counts = self._all_gather(torch.tensor([self.channels], device=device)).flatten().tolist()
         if len(set(counts)) > 1:
             raise ValueError(
-                f"InPlaceABNSync wants the same channels on all processes; this one has {self.channels}, "
+                f"InPlaceABNSync needs the same channels on all processes; this one has {self.channels}, "
                 f"ranks 0 to {len(counts) - 1} of the group have {', '.join(map(str, counts))}"
             )
         self._agreed = True
 
     def _all_gather(self, vector: Tensor) -> Tensor:
-        parts = [torch.empty_like(vector) for _ in range(self.size)]
-        dist.all_gather(parts, vector, group=self.group)
-        return torch.stack(parts)
+        result = vector.new_empty(self.size, len(vector))
+        group = own_group() if self.group is None else self.group
+        # Later versions of PyTorch have renamed it.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(result.view(-1), vector, group=group)
+        return result
 
     def __deepcopy__(self, memo: object) -> "Processes":
         return Processes(self.channels, self.group)  # a group cannot be copied, and its copy would be another
+
+
+_own_groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = weakref.WeakKeyDictionary()
+
+
+def own_group() -> dist.ProcessGroup:
+    """A group of all processes for synchronised layers alone, made by the first exchange.
+
+    In the default group a layer's few numbers would queue behind buckets of gradients.
+    """
+    default = dist.group.WORLD
+    assert default is not None  # there are several processes
+    if default not in _own_groups:
+        _own_groups[default] = dist.new_group()
+    return _own_groups[default]
 
 
 @dataclass(frozen=True)

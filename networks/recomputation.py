@@ -1,4 +1,4 @@
-"""Holding less for the backward pass by computing it again there."""
+"""Saves memory by recomputing activations in the backward pass."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from libs import keep_statistics
@@ -14,10 +15,11 @@ _thread = threading.local()  # a backward pass on a GPU has a thread of its own
 
 
 @contextmanager
-def computed_again(tensor: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
-    """Layers called within do not hold ``tensor`` for their backward pass: ``compute`` makes it again."""
-    held_anyway = torch.compiler.is_compiling() or not torch.is_grad_enabled()  # a compiler decides by itself
-    if held_anyway or getattr(_thread, "in_segment", False):
+def recompute_in_backward(tensor: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
+    """Layers called within do not save ``tensor`` for their backward pass: ``compute`` makes it again."""
+    is_compiling = torch.compiler.is_compiling()  # a compiler plans memory by itself
+    saved_anyway = is_compiling or not torch.is_grad_enabled()
+    if saved_anyway or getattr(_thread, "in_checkpointed", False):
         yield
         return
     address, shape = tensor.data_ptr(), tensor.shape
@@ -32,28 +34,44 @@ def computed_again(tensor: Tensor, compute: Callable[[], Tensor]) -> Iterator[No
         yield
 
 
-def segment(layers: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), of which nothing but x is held: the backward pass computes it a second time.
+def checkpointed(layers: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), saving nothing but x: the backward pass computes it a second time, with the same numbers.
+
+    Random layers draw the same masks in both computations, from the state of the generators at the first.
 
     Args:
         layers: the normalisation that ``function`` uses is within; its statistics are updated only once.
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return _in_segment(None), _in_segment(layers)
+        return _in_checkpointed(None), _in_checkpointed(layers)
 
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
 
 
 @contextmanager
-def _in_segment(layers: nn.Module | None) -> Iterator[None]:
-    """Within a segment nothing else need be computed again; ``layers``: those of a second computation."""
-    _thread.in_segment = True
+def _in_checkpointed(layers: nn.Module | None) -> Iterator[None]:
+    """Marks a checkpointed part; ``layers``: those of its second computation, None in the first."""
+    _thread.in_checkpointed = True
     try:
         if layers is None:
             yield
         else:
-            with keep_statistics(layers):
+            with keep_statistics(layers), _keep_batch_norm_statistics(layers):
                 yield
     finally:
-        _thread.in_segment = False
+        _thread.in_checkpointed = False
+
+
+@contextmanager
+def _keep_batch_norm_statistics(module: nn.Module) -> Iterator[None]:
+    """``libs.keep_statistics`` for PyTorch's own BatchNorm, which a backbone of somebody else may have."""
+    layers = [x for x in module.modules() if isinstance(x, _BatchNorm) and x.training]
+    before = [(x.momentum, x.num_batches_tracked) for x in layers]
+    try:
+        for layer in layers:
+            layer.momentum, layer.num_batches_tracked = 0.0, None
+        yield
+    finally:
+        for layer, (momentum, batches) in zip(layers, before, strict=True):
+            layer.momentum, layer.num_batches_tracked = momentum, batches

@@ -1,35 +1,35 @@
-"""The dilated ResNet with a deep stem (He et al., CVPR 2016; MIT scene parsing), output stride 8."""
+"""The dilated ResNet (He et al., CVPR 2016) with the deep stem of MIT scene parsing or the plain one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks.recomputation import computed_again, segment
+from networks.layers import Norm, conv3x3
+from networks.recomputation import checkpointed, recompute_in_backward
 
-Norm = Callable[[int], nn.Module]  # number of channels → normalisation layer
-
-
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """A 3×3 convolution that keeps the size at stride 1."""
-    return nn.Conv2d(
-        in_channels, out_channels, 3, stride=stride, padding=dilation, dilation=dilation, bias=False
-    )
+STEMS = ("deep", "plain", "v1c")
+DEEP_STEMS = {"deep": (64, 128), "v1c": (32, 64)}  # channels of the first two convolutions, of the third
 
 
-def conv_of_relu(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv(relu(x)). Only x is held, which an in-place normalisation before it holds anyway."""
+def relu_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(relu(x)). Only x is saved, which an in-place normalisation before it saves anyway."""
     rectified = F.threshold(x, 0.0, 0.0)  # relu; but its gradient needs what comes in, not what goes out
-    held = x.detach()
-    with computed_again(rectified, lambda: F.relu(held)):
+    saved = x.detach()
+    with recompute_in_backward(rectified, lambda: F.relu(saved)):
         return conv(rectified)
 
 
 class Block(nn.Module):
-    """relu(branch(x) + shortcut(x))."""
+    """relu(branch(x) + shortcut(x)).
 
+    ``norm_pairs`` declares which normalisation follows directly on which convolution, for ``fold_norms``.
+    """
+
+    norm_pairs: ClassVar[tuple[tuple[str, str], ...]] = ()
     downsample: nn.Module | None
 
     def branch(self, x: Tensor) -> Tensor:
@@ -42,42 +42,43 @@ class Block(nn.Module):
         return F.relu_(self.branch(x) + self.shortcut(x))
 
 
-def two_blocks(first: Block, second: Block, x: Tensor) -> Tensor:
-    """second(first(x)), without holding what lies between.
+def run_block_pair(first: Block, second: Block, x: Tensor) -> Tensor:
+    """second(first(x)), without saving what lies between.
 
-    That is a sum of two tensors that are held anyway: the first branch's result by its in-place
+    That is a sum of two tensors that are saved anyway: the first branch's result by its in-place
     normalisation, and x as the first convolution's input.
     """
     branch, shortcut = first.branch(x), first.shortcut(x)
     between = branch + shortcut
-    held_branch, held_shortcut = branch.detach(), shortcut.detach()
-    with computed_again(between, lambda: F.relu_(held_branch + held_shortcut)):
+    saved_branch, saved_shortcut = branch.detach(), shortcut.detach()
+    with recompute_in_backward(between, lambda: F.relu_(saved_branch + saved_shortcut)):
         between = F.relu_(between)
         return second(between)
 
 
 class Stage(nn.Sequential):
-    """Blocks one after another; with ``checkpoint_activations`` only every other one's input is held."""
+    """Blocks one after another; with ``checkpoint_activations`` only every other one's input is saved."""
 
     checkpoint_activations = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,in_channels,h,w) → (B,out_channels,h/stride,w/stride)."""
-        first, *others = self
+        first, *others = cast(Iterable[Block], self)
         x = self._run(first, x)
         for index in range(0, len(others) - 1, 2):
-            x = self._run(partial(two_blocks, others[index], others[index + 1]), x)
+            x = self._run(partial(run_block_pair, others[index], others[index + 1]), x)
         return self._run(others[-1], x) if len(others) % 2 else x
 
     def _run(self, blocks: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-            return segment(self, blocks, x)
+            return checkpointed(self, blocks, x)
         return blocks(x)
 
 
 class BasicBlock(Block):
     """Two 3×3 convolutions and a shortcut (ResNet-18)."""
 
+    norm_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("conv1", "bn1"), ("conv2", "bn2"))
     expansion = 1
 
     def __init__(
@@ -98,12 +99,13 @@ class BasicBlock(Block):
 
     def branch(self, x: Tensor) -> Tensor:
         out = self.bn1(self.conv1(x))
-        return self.bn2(conv_of_relu(self.conv2, out))
+        return self.bn2(relu_conv(self.conv2, out))
 
 
 class Bottleneck(Block):
     """1×1, 3×3, 1×1 and a shortcut (ResNet-50, -101); the stride sits on the 3×3 convolution."""
 
+    norm_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
     expansion = 4
 
     def __init__(
@@ -126,8 +128,8 @@ class Bottleneck(Block):
 
     def branch(self, x: Tensor) -> Tensor:
         out = self.bn1(self.conv1(x))
-        out = self.bn2(conv_of_relu(self.conv2, out))
-        return self.bn3(conv_of_relu(self.conv3, out))
+        out = self.bn2(relu_conv(self.conv2, out))
+        return self.bn3(relu_conv(self.conv3, out))
 
 
 # name: (block, blocks of each stage)
@@ -138,39 +140,80 @@ ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, i
 }
 
 
-class DilatedResNet(nn.Module):
+class Backbone(nn.Module):
+    """Images (B,3,H,W) → (features for the auxiliary head, features for the head), at 1/8 of the size.
+
+    Attributes:
+        channels: of the two.
+        mean, std, channel_order: the input's normalisation: (pixel - mean) / std in units of 0..255, channels
+            in that order. ``build_model`` sets them to those of the network's config.
+    """
+
+    channels: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    channel_order: str
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class DilatedResNet(Backbone):
     """A ResNet whose last two stages dilate instead of striding, so that features stay at 1/8.
 
     Args:
         architecture: a key of ``ARCHITECTURES``.
         norm: makes the normalisation layers; their activation is the identity, a ReLU follows.
-        checkpoint_activations: compute activations twice instead of holding them.
+        stem: "deep", three 3×3 convolutions as in MIT scene parsing's weights; "plain", one 7×7 as in
+            torchvision's; "v1c", three narrower ones as in mmsegmentation's.
+        contracted_dilation: the first block of a dilated stage has half the dilation.
+        checkpoint_activations: recompute activations in the backward pass instead of saving them.
 
     Attributes:
         channels: of ``layer3`` and ``layer4``.
     """
 
-    def __init__(self, architecture: str, norm: Norm, checkpoint_activations: bool = False) -> None:
+    def __init__(
+        self,
+        architecture: str,
+        norm: Norm,
+        stem: str = "deep",
+        contracted_dilation: bool = False,
+        checkpoint_activations: bool = False,
+    ) -> None:
         super().__init__()
         block, (blocks1, blocks2, blocks3, blocks4) = ARCHITECTURES[architecture]
-        self.conv1, self.bn1 = conv3x3(3, 64, stride=2), norm(64)
-        self.conv2, self.bn2 = conv3x3(64, 64), norm(64)
-        self.conv3, self.bn3 = conv3x3(64, 128), norm(128)
+        self.stem = stem
+        if stem in DEEP_STEMS:
+            narrow, wide = DEEP_STEMS[stem]
+            self.conv1, self.bn1 = conv3x3(3, narrow, stride=2), norm(narrow)
+            self.conv2, self.bn2 = conv3x3(narrow, narrow), norm(narrow)
+            self.conv3, self.bn3 = conv3x3(narrow, wide), norm(wide)
+        else:
+            wide = 64
+            self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), norm(64)
         # ceil_mode as in the reference: a 769×769 crop gives 97×97 features either way, other sizes differ.
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
-        self.layer1 = _stage(block, 128, 64, blocks1, norm)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=stem != "v1c")
+        first = 2 if contracted_dilation else 1
+        self.layer1 = _stage(block, wide, 64, blocks1, norm)
         self.layer2 = _stage(block, 64 * block.expansion, 128, blocks2, norm, stride=2)
-        self.layer3 = _stage(block, 128 * block.expansion, 256, blocks3, norm, dilation=2)
-        self.layer4 = _stage(block, 256 * block.expansion, 512, blocks4, norm, dilation=4)
+        self.layer3 = _stage(block, 128 * block.expansion, 256, blocks3, norm, 1, 2, 2 // first)
+        self.layer4 = _stage(block, 256 * block.expansion, 512, blocks4, norm, 1, 4, 4 // first)
         self.channels = (256 * block.expansion, 512 * block.expansion)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             stage.checkpoint_activations = checkpoint_activations
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def norm_pairs(self) -> tuple[tuple[str, str], ...]:
+        """As in ``Block``, of the stem."""
+        return tuple((f"conv{i}", f"bn{i}") for i in ((1, 2, 3) if self.stem in DEEP_STEMS else (1,)))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B,3,H,W) → outputs of layer3 and layer4, each (B, channels, ~H/8, ~W/8)."""
         x = self.bn1(self.conv1(images))
-        x = self.bn2(conv_of_relu(self.conv2, x))
-        x = self.bn3(conv_of_relu(self.conv3, x))
+        if self.stem in DEEP_STEMS:
+            x = self.bn2(relu_conv(self.conv2, x))
+            x = self.bn3(relu_conv(self.conv3, x))
         x = F.relu_(self.maxpool(x))  # as the other way round, on a quarter of the positions
         x = self.layer2(self.layer1(x))
         layer3 = self.layer3(x)
@@ -185,14 +228,19 @@ def _stage(
     norm: Norm,
     stride: int = 1,
     dilation: int = 1,
+    first_dilation: int = 1,
 ) -> Stage:
-    """One stage: the first block adapts size and channels; all have the same dilation (multi-grid 1,1,1)."""
+    """One stage: the first block adapts size and channels, and may dilate less; the others are alike."""
     out_channels = planes * block.expansion
     downsample = None
     if stride != 1 or in_channels != out_channels:
         downsample = nn.Sequential(
             nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), norm(out_channels)
         )
-    layers = [block(in_channels, planes, norm, stride, dilation, downsample)]
+    layers = [block(in_channels, planes, norm, stride, first_dilation, downsample)]
     layers += [block(out_channels, planes, norm, dilation=dilation) for _ in range(1, blocks)]
     return Stage(*layers)
+
+
+# name: makes a Backbone from (norm, stem=…, contracted_dilation=…, checkpoint_activations=…)
+BACKBONES: dict[str, Callable[..., Backbone]] = {name: partial(DilatedResNet, name) for name in ARCHITECTURES}

@@ -6,7 +6,7 @@ import torch
 from cc_attention import attention_weights, criss_cross_attention, reference
 from libs import ABN
 from networks import build_model
-from utils.criterion import build_criterion
+from training.criterion import build_criterion
 
 pytestmark = [
     pytest.mark.cuda,
@@ -21,22 +21,32 @@ def results(function, tensors, grad):
 
 def in_its_own_dtype(query, key, value):
     """The formula as PyTorch computes it when nobody asks for fp32: the yardstick for half types."""
-    height = query.shape[2]
-    own = torch.eye(height, dtype=torch.bool, device=query.device).view(1, height, 1, height)
-    column = torch.einsum("bchw,bcgw->bhwg", query, key).masked_fill(own, float("-inf"))
-    row = torch.einsum("bchw,bchv->bhwv", query, key)
-    column, row = torch.cat([column, row], dim=3).softmax(dim=3).split([height, row.shape[3]], dim=3)
-    return torch.einsum("bhwg,bcgw->bchw", column, value) + torch.einsum("bhwv,bchv->bchw", row, value)
+    sizes = list(query.shape[2:])
+    row = torch.einsum("bc...hw,bc...hv->b...hwv", query, key)
+    column = torch.einsum("bc...hw,bc...gw->b...hwg", query, key)
+    own = torch.eye(sizes[-2], dtype=torch.bool, device=query.device).unsqueeze(1)
+    energies = [column.masked_fill(own, float("-inf")), row]
+    if len(sizes) == 3:
+        time = torch.einsum("bcthw,bcshw->bthws", query, key)
+        own = torch.eye(sizes[0], dtype=torch.bool, device=query.device)[:, None, None]
+        energies.insert(0, time.masked_fill(own, float("-inf")))
+    *time, column, row = torch.cat(energies, dim=-1).softmax(dim=-1).split(sizes, dim=-1)
+    out = torch.einsum("b...hwg,bc...gw->bc...hw", column, value)
+    out = out + torch.einsum("b...hwv,bc...hv->bc...hw", row, value)
+    return out + torch.einsum("bthws,bcshw->bcthw", time[0], value) if time else out
 
 
-def drawn(shape, dtype, memory_format=torch.channels_last):
+def drawn(shape, dtype, channels_last=True):
     """Query, key, value and the gradient of the result."""
-    batch, reduced, channels, height, width = shape
+    batch, reduced, channels, *sizes = shape
     generator = torch.Generator("cuda").manual_seed(sum(shape))
     maps = [
-        torch.randn(batch, c, height, width, device="cuda", generator=generator, dtype=torch.float64)
+        torch.randn(batch, c, *sizes, device="cuda", generator=generator, dtype=torch.float64)
         for c in (reduced, reduced, channels, channels)
     ]
+    memory_format = torch.contiguous_format
+    if channels_last:
+        memory_format = torch.channels_last if len(sizes) == 2 else torch.channels_last_3d
     # Energies of a spread of 2 or so, whatever the number of channels.
     maps = [x * 2 / reduced**0.5 if i == 0 else x for i, x in enumerate(maps)]
     *tensors, grad = (x.to(dtype).contiguous(memory_format=memory_format) for x in maps)
@@ -49,15 +59,18 @@ SHAPES = [
     (1, 2, 3, 1, 6),
     (1, 16, 40, 130, 270),  # lines longer than a segment
     (2, 64, 512, 97, 97),
+    (2, 3, 5, 4, 7, 9),  # clips
+    (1, 16, 40, 130, 5, 6),
+    (1, 64, 512, 5, 49, 49),
 ]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_attention_against_the_reference_in_double_precision(shape, memory_format, dtype):
+def test_attention_against_the_reference_in_double_precision(shape, channels_last, dtype):
     """No more than twice the error that PyTorch has in the same dtype, and one rounding."""
-    tensors, grad = drawn(shape, dtype, memory_format)
+    tensors, grad = drawn(shape, dtype, channels_last)
     exact = results(
         reference.criss_cross_attention, [x.detach().double().requires_grad_() for x in tensors], grad
     )
@@ -66,6 +79,28 @@ def test_attention_against_the_reference_in_double_precision(shape, memory_forma
     for got, other, want in zip(ours, theirs, exact, strict=True):
         error, allowed = (got.double() - want).abs().max(), 2 * (other.double() - want).abs().max()
         assert error <= allowed + torch.finfo(dtype).eps * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_clip_of_one_frame_is_an_image_to_the_bit(dtype):
+    tensors, grad = drawn((2, 16, 40, 33, 65), dtype)
+    clips = [x.detach().unsqueeze(2).requires_grad_() for x in tensors]
+    expected = results(criss_cross_attention, tensors, grad)
+    for got, want in zip(results(criss_cross_attention, clips, grad.unsqueeze(2)), expected, strict=True):
+        assert torch.equal(got.squeeze(2), want)
+
+
+@pytest.mark.parametrize("sizes", [(4, 5), (3, 4, 5)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_energies_of_minus_infinity(sizes, dtype):
+    """They weigh nothing beside finite ones; a position that has no others is NaN, as in the reference."""
+    query, key = torch.ones(2, 1, 1, *sizes, device="cuda", dtype=dtype)
+    key[..., 1, :] = key[0, 0, ..., 1] = -torch.inf
+    value = torch.randn(1, 3, *sizes, device="cuda").to(dtype)
+    expected = reference.criss_cross_attention(query, key, value)
+    torch.testing.assert_close(
+        criss_cross_attention(query, key, value), expected, rtol=0.02, atol=0.02, equal_nan=True
+    )
 
 
 def relative_errors(results, exact):
@@ -151,10 +186,12 @@ def test_ohem_stays_on_the_device_and_equals_the_cpu(keep):
     on_device, target = logits.cuda(), target.cuda()
     torch.cuda.set_sync_debug_mode("error")  # any wait for the device raises
     try:
-        loss = criterion({"out": on_device, "aux": on_device}, target)
+        losses = criterion({"out": on_device, "aux": on_device}, target)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-4, atol=1e-5)
+    assert losses.keys() == expected.keys()
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss.cpu(), expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_abn_equals_the_cpu():

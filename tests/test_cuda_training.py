@@ -6,12 +6,13 @@ import sys
 import pytest
 import torch
 
+from dataset import Batch
 from networks import build_model
 from tests.scripts.conftest import ROOT, log_of, same_tensors
+from training.criterion import build_criterion
+from training.step import PRECISIONS, TrainStep, build_optimizer
 from utils.checkpoint import load_checkpoint
-from utils.criterion import build_criterion
 from utils.distributed import Process
-from utils.training import PRECISIONS, TrainStep, build_optimizer
 
 pytestmark = [
     pytest.mark.cuda,
@@ -30,16 +31,16 @@ def test_a_step_waits_for_nothing(amp, accumulate):
     optimizer = build_optimizer(network.train(), 1e-3, 0.9, 1e-4)
     criterion = build_criterion(ohem=True, ohem_keep=640)
     step = TrainStep(network, criterion, optimizer, Process((device,)), amp, accumulate)
-    step.start()
+    step.wrap_model()
     batch = (torch.randn(4, 3, 65, 81), torch.randint(0, 5, (4, 65, 81), dtype=torch.uint8), torch.arange(4))
-    batch = tuple(tensor.pin_memory() for tensor in batch)
-    step(*batch)  # the first makes workspaces and the scaler's state
+    batch = Batch(*(tensor.pin_memory() for tensor in batch))
+    step(batch)  # the first makes workspaces and the scaler's state
     torch.cuda.set_sync_debug_mode("error")  # any wait for the device raises
     try:
-        losses, logits = step(*batch)
+        losses, logits = step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert losses.total.isfinite()
+    assert losses["loss"].isfinite()
     assert logits.is_cuda
 
 

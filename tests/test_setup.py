@@ -50,9 +50,11 @@ def gencodes(flags):
 
 
 def test_default_architectures_where_the_toolkit_has_them(build):
-    flags, reason = build.gencode_flags(["50", "52", "60", "61", "75", "90"], [])
+    flags, reason = build.gencode_flags(["50", "52", "60", "61", "75", "80", "86", "90"], [])
+    assert gencodes(flags) == [f"{n},code=sm_{n}" for n in (50, 52, 61, 80, 90)] + ["90,code=compute_90"]
+    assert reason == "sm_50, sm_52, sm_61, sm_80, sm_90 and PTX of the last; no GPU is visible"
+    flags, _ = build.gencode_flags(["50", "52", "60", "61", "75"], [])  # CUDA 10
     assert gencodes(flags) == ["50,code=sm_50", "52,code=sm_52", "61,code=sm_61", "61,code=compute_61"]
-    assert reason == "sm_50, sm_52, sm_61 and PTX of the last"
 
 
 def test_visible_gpus_are_added_and_dropped_defaults_named(build):
@@ -60,6 +62,8 @@ def test_visible_gpus_are_added_and_dropped_defaults_named(build):
     assert gencodes(flags) == ["90,code=sm_90", "90,code=compute_90"]
     assert "visible GPUs: sm_90" in reason
     assert "no longer knows the defaults sm_50, sm_52, sm_61" in reason
+    flags, _ = build.gencode_flags(["50", "52", "61", "80", "86", "90"], ["86"])
+    assert gencodes(flags) == [f"{n},code=sm_{n}" for n in (50, 52, 61, 86)] + ["86,code=compute_86"]
 
 
 def test_a_toolkit_without_any_of_them_builds_for_later_ones(build):

@@ -1,33 +1,131 @@
-"""Command lines: types of arguments, and one clear line for whatever is wrong."""
+"""Command lines: flags made from dataclass fields, and one clear line for whatever is wrong."""
 
 import argparse
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.distributed import is_out_of_memory, leave, world_size
+from utils import startup
+from utils.distributed import exit_process, is_out_of_memory, world_size
+from utils.fields import choices_of
+
+MAX_SIDE = 2**15  # pixels; whatever is larger was mistyped, and could not be allocated
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that there are."""
+class UsageError(ValueError):
+    """A command line that cannot be obeyed."""
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+    exit_status = 2
+
+
+class OutputError(RuntimeError):
+    """Results that cannot be written: one line that names the folder and the reason."""
+
+    exit_status = 1
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that shows defaults and answers mistakes with one line and exit status 2."""
+    """An ArgumentParser that answers mistakes with one line and exit status 2."""
 
-    def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
+    def __init__(self, description: str | None, add_help: bool = True) -> None:
+        super().__init__(description=description, allow_abbrev=False, add_help=add_help)
 
     def error(self, message: str) -> NoReturn:
-        speaks = os.environ.get("RANK", "0") == "0"  # of several processes, which all have this command line
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n" if speaks else None)
+        is_main = os.environ.get("RANK", "0") == "0"  # all processes have this command line
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n" if is_main else None)
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, options: type, base: object = None, title: str = "options"
+) -> None:
+    """A flag for each field of a dataclass.
+
+    A field's metadata are those of ``utils.fields.setting``, and perhaps "group" (a heading of ``--help``),
+    "metavar", and "optional_value" (what the flag means when no value follows). Fields without "help" get no
+    flag. Flags have no default of their own: what is not given is None in the Namespace, see ``take_flags``.
+
+    Args:
+        options: the dataclass.
+        base: an instance whose values are shown as the defaults; without it the fields' own are.
+        title: heading of the fields without a "group".
+    """
+    groups = {group.title: group for group in parser._action_groups}
+    hints = typing.get_type_hints(options)
+    for option in fields(options):
+        if "help" not in option.metadata:
+            continue
+        title = option.metadata.get("group", title)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        default = getattr(base, option.name) if base is not None else option.default
+        _add_flag(groups[title], option, hints[option.name], default)
+
+
+def take_flags(options: type, namespace: argparse.Namespace) -> dict[str, Any]:
+    """The values that the command line gives for the fields of a dataclass, by field name."""
+    flagged = [option.name for option in fields(options) if "help" in option.metadata]
+    return {name: value for name in flagged if (value := getattr(namespace, name)) is not None}
+
+
+def format_value(value: object) -> str:
+    """A value as a flag takes it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _add_flag(group: argparse._ArgumentGroup, option: "Field[Any]", hint: Any, default: object) -> None:
+    metadata = option.metadata
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):  # X | None
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    settings: dict[str, Any] = {"dest": option.name, "default": None}
+    required = option.default is MISSING and option.default_factory is MISSING and default is MISSING
+    settings["required"] = required
+    if hint is bool:
+        settings |= {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+    else:
+        settings["type"] = _parser_of(hint, metadata)
+        settings["metavar"] = metadata.get("metavar")
+    if (choices := choices_of(option)) is not None:
+        settings |= {"choices": choices, "metavar": None}
+    if "optional_value" in metadata:
+        settings |= {"nargs": "?", "const": metadata["optional_value"]}
+    text = format_value(default)
+    shown = "" if required or default is None or text == "" else f" (default: {text})"
+    settings["help"] = (metadata["help"] + shown).replace("%", "%%")
+    group.add_argument(flag_of(option.name), *metadata.get("flags", ()), **settings)
+
+
+def _parser_of(hint: Any, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
+    """What turns a flag's text into a value of the field's type."""
+    if hint in (int, float):
+        least, exclusive = metadata.get("min", -float("inf")), False
+        if "exclusive_min" in metadata:
+            least, exclusive = metadata["exclusive_min"], True
+        return number(hint, least, metadata.get("max", float("inf")), exclusive)
+    if typing.get_origin(hint) is tuple:
+        kind, *rest = typing.get_args(hint)
+        if kind is int and rest == [int]:
+            return size
+        return _tuple_of(_parser_of(kind, metadata))
+    return typing.cast(Callable[[str], Any], hint)
+
+
+def _tuple_of(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    def parse_all(text: str) -> tuple[Any, ...]:
+        return tuple(parse(part) for part in text.split(","))
+
+    return parse_all
 
 
 def boolean(text: str) -> bool:
@@ -50,19 +148,14 @@ def number(
         except ValueError:
             value = float("nan")
         inside = least < value <= most if exclusive else least <= value <= most
-        if not inside or value == float("inf"):
-            bounds = f"{'above' if exclusive else 'at least'} {least:g}"
-            bounds += "" if most == float("inf") else f" and at most {most:g}"
+        if not inside or value in (float("inf"), -float("inf")):
+            bounds = f" {'above' if exclusive else 'at least'} {least:g}" if least > -float("inf") else ""
+            bounds += "" if most == float("inf") else f"{' and' * bool(bounds)} at most {most:g}"
             word = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"expected {word} {bounds}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected {word}{bounds}, got {text!r}")
         return value
 
     return parse
-
-
-positive_int = number(int, 1)
-count = number(int, 0)
-SWITCH: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
 
 
 def size(text: str) -> tuple[int, int]:
@@ -73,157 +166,26 @@ def size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"expected HEIGHT,WIDTH, got {text!r}") from None
     if height < 1 or width < 1:
         raise argparse.ArgumentTypeError(f"expected a positive height and width, got {text!r}")
+    if max(height, width) > MAX_SIDE:
+        raise argparse.ArgumentTypeError(f"expected a height and width of at most {MAX_SIDE}, got {text!r}")
     return height, width
 
 
-def scales(text: str) -> tuple[float, ...]:
-    """Factors separated by commas."""
-    return tuple(number(float, 0, 8, exclusive=True)(part) for part in text.split(","))
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script; a user's mistake ends it with one line.
 
-
-def add_data_arguments(
-    parser: argparse.ArgumentParser, datasets: Sequence[str], split: str
-) -> argparse._ArgumentGroup:
-    """The flags that say which images and labels are meant; ``split`` is the default one."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    workers = max(1, min(8, cores))
-    data = parser.add_argument_group("data")
-    data.add_argument("--data-dir", type=Path, required=True, help="the data set's folder")
-    data.add_argument("--dataset", choices=datasets, help="which data set; guessed from the folder's layout")
-    data.add_argument("--data-list", type=Path, help="file of 'image label' lines relative to --data-dir")
-    data.add_argument("--split", default=split, help="the data set's own split, without --data-list")
-    data.add_argument("--num-classes", type=number(int, 1, 255), help="needed for --dataset list")
-    data.add_argument(
-        "--ignore-label", type=number(int, 0, 255), default=255, help="label that does not count"
-    )
-    data.add_argument(
-        "--num-workers", type=count, default=workers, help="processes that read the data for each that trains"
-    )
-    return data
-
-
-def check_data_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """What the flags of ``add_data_arguments`` must fulfil together."""
-    if args.dataset == "list" and (args.num_classes is None or args.data_list is None):
-        parser.error("--dataset list needs --data-list and --num-classes")
-
-
-def add_training_arguments(parser: argparse.ArgumentParser, precisions: Sequence[str]) -> None:
-    """The flags of a training run that hold for any network: loss, schedule, speed, what it leaves."""
-    rate, share = number(float, 0, exclusive=True), number(float, 0, 1)
-
-    loss = parser.add_argument_group("loss")
-    loss.add_argument("--ohem", **SWITCH, default=True, help="learn from hard pixels only")
-    loss.add_argument("--ohem-thres", type=share, default=0.7, help="probability up to which one is hard")
-    loss.add_argument(
-        "--ohem-keep", type=count, default=100000, help="pixels kept at least, for every two images"
-    )
-
-    recipe = parser.add_argument_group("schedule")
-    recipe.add_argument("--batch-size", type=positive_int, default=8, help="images a step, over all GPUs")
-    recipe.add_argument("--num-steps", type=positive_int, default=60000, help="length of the run")
-    recipe.add_argument("--start-iters", type=count, default=0, help="step to start at, for the schedule")
-    recipe.add_argument("--learning-rate", type=rate, default=1e-2, help="at step 0; falls polynomially to 0")
-    recipe.add_argument("--power", type=number(float, 0), default=0.9, help="of the polynomial")
-    recipe.add_argument("--momentum", type=share, default=0.9, help="of SGD")
-    recipe.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="of SGD")
-    recipe.add_argument(
-        "--freeze-bn",
-        "--ft",
-        **SWITCH,
-        default=False,
-        help="fine-tune: statistics, weights and biases of the normalisation stay as they are",
-    )
-    recipe.add_argument(
-        "--random-seed",
-        type=number(int, 0, 2**32 - 1),
-        default=12345,
-        help="of weights, order, crops, dropout",
-    )
-
-    speed = parser.add_argument_group("devices and speed")
-    speed.add_argument(
-        "--gpu", default="auto", help="auto, cpu, a GPU's number, or several: 0,1,2,3; or use torchrun"
-    )
-    speed.add_argument("--amp", choices=precisions, default="off", help="compute in a half type")
-    speed.add_argument("--compile", **SWITCH, default=False, help="compile the network (torch.compile)")
-    speed.add_argument(
-        "--accumulate", type=positive_int, default=1, metavar="N", help="compute a step's batch in N parts"
-    )
-    speed.add_argument(
-        "--checkpoint-activations", **SWITCH, default=False, help="compute twice instead of holding"
-    )
-    speed.add_argument(
-        "--deterministic", **SWITCH, default=False, help="GPU kernels that give the same bits again, slower"
-    )
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--snapshot-dir", type=Path, default="snapshots", help="for checkpoints and logs")
-    run.add_argument("--save-pred-every", type=positive_int, default=5000, help="steps between checkpoints")
-    run.add_argument(
-        "--keep-last", type=count, default=0, metavar="K", help="keep the newest K checkpoints; 0: all"
-    )
-    run.add_argument(
-        "--val-every",
-        type=count,
-        default=0,
-        metavar="N",
-        help="steps between evaluations, of which the best checkpoint is kept; 0: none",
-    )
-    run.add_argument("--val-split", help="the split evaluated there; val")
-    run.add_argument("--val-list", type=Path, help="list file of what is evaluated there")
-    run.add_argument("--save-num-images", type=count, default=2, help="images a time in TensorBoard")
-    run.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="CHECKPOINT",
-        help="continue the run in --snapshot-dir exactly, from its newest checkpoint or the one given",
-    )
-
-
-def check_training_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """What the flags of a training run must fulfil together."""
-    if args.start_iters >= args.num_steps:
-        parser.error(f"--start-iters {args.start_iters} is not below --num-steps {args.num_steps}")
-    if args.not_restore_last and args.restore_from is None:
-        parser.error("--not-restore-last goes with --restore-from")
-    if (args.val_list or args.val_split) and not args.val_every:
-        parser.error("--val-list and --val-split go with --val-every")
-    args.val_split = args.val_split or "val"
-    gpus = args.gpu.count(",") + 1
-    if gpus > 1 and args.compile:
-        parser.error(f"--compile does not go with --gpu {args.gpu}; use torchrun, a process for each GPU")
-    if args.checkpoint_activations and args.compile:
-        parser.error("--checkpoint-activations does not go with --compile, which plans memory by itself")
-    parts = world_size() * gpus
-    if args.batch_size % (parts * args.accumulate):
-        shared = f" over {world_size()} processes" * (world_size() > 1) + f" over {gpus} GPUs" * (gpus > 1)
-        into = f" into {args.accumulate} parts" * (args.accumulate > 1)
-        parser.error(f"--batch-size {args.batch_size} cannot be split{into}{shared}")
-    height, width = args.input_size
-    together = args.batch_size // args.accumulate // (1 if args.norm in ("auto", "sync") else parts)
-    if together * -(-height // 8) * -(-width // 8) < 2:
-        parser.error("one feature a batch has no variance: raise --input-size or --batch-size")
-
-
-def exit_on(
-    main: Callable[[], None],
-    usage: tuple[type[Exception], ...],
-    data: tuple[type[Exception], ...],
-) -> None:
-    """Run a script; its users' mistakes end it with one line and status 2 (usage) or 1 (data)."""
-    program, rank = sys.argv[0].rsplit("/", 1)[-1], os.environ.get("RANK", "0")
+    An exception with an ``exit_status`` is such a mistake: 2 for the command line, 1 for data. An OSError or
+    a MemoryError is one too. Of several processes each prints its own, unless another one did already.
+    """
+    program, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"process {rank}: "
     status = 0
+    if signal.getsignal(signal.SIGINT) is startup.interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-    except (*usage, *data) as error:
-        if str(error):  # otherwise another process tells
-            print(f"{program}: error: {where}{error}", file=sys.stderr)
-        status = 2 if isinstance(error, usage) else 1
     except KeyboardInterrupt:
-        # Letting go of all that a run holds takes a moment, in which a further Ctrl-C has nothing to end.
+        # Freeing all that a run holds takes a moment, in which a further Ctrl-C has nothing to end.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(f"\n{program}: interrupted", file=sys.stderr)  # below a progress bar
         status = 130
@@ -231,12 +193,29 @@ def exit_on(
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as above
         status = stop.code if isinstance(stop.code, int) else 0
     except Exception as error:
-        if is_out_of_memory(error):
-            print(f"{program}: error: {where}out of memory; take smaller batches or tiles", file=sys.stderr)
+        status = getattr(error, "exit_status", 1)
+        if hasattr(error, "exit_status") or isinstance(error, OSError | MemoryError):
+            if str(error):  # otherwise another process tells
+                print(f"{program}: error: {where}{error}", file=sys.stderr)
+            elif isinstance(error, MemoryError):
+                print(f"{program}: error: {where}out of memory", file=sys.stderr)
+        elif is_out_of_memory(error):
+            print(f"{program}: error: {where}out of memory; use smaller batches or tiles", file=sys.stderr)
         elif world_size() == 1:
             raise
         else:
             traceback.print_exc()
-        status = 1
     if status or world_size() > 1:
-        leave(status)
+        exit_process(status)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
+
+
+def default_workers() -> int:
+    """Data workers for each process: a share of the cores, 1 to 8."""
+    return max(1, min(8, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -1,8 +1,8 @@
-"""One process or several of them (torchrun): who am I, which devices are mine, how do the others fare."""
+"""One process or several (torchrun): its rank and devices, what processes exchange, how they end together."""
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -15,9 +15,13 @@ from torch import Tensor
 class DeviceError(ValueError):
     """A device was asked for that is not there."""
 
+    exit_status = 2
+
 
 class PeerError(RuntimeError):
-    """Another process of the run failed; this one leaves, without a message if that one told why."""
+    """Another process of the run failed; this one ends, without a message if that one gave the reason."""
+
+    exit_status = 1
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Process:
         """How many parts a batch is split into, over all processes and their devices."""
         return self.world_size * len(self.devices)
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """The values of all processes, in the order of their ranks."""
         if self.world_size == 1:
             return [value]
@@ -51,7 +55,7 @@ class Process:
         dist.all_gather_object(values, value)
         return values
 
-    def stack(self, vector: Tensor) -> Tensor:
+    def all_gather(self, vector: Tensor) -> Tensor:
         """The vectors (N,) of all processes, stacked (P,N) by rank."""
         vectors = [torch.empty_like(vector) for _ in range(self.world_size)]
         dist.all_gather(vectors, vector)
@@ -68,42 +72,62 @@ class Process:
             dist.all_reduce(value)
         return value
 
-    def largest(self, value: int) -> int:
-        """The largest of all processes' small numbers. It goes over the CPU: no device is waited for."""
+    def differentiable_sum(self, value: Tensor) -> Tensor:
+        """As ``sum``, with gradients: each process's value gets the sum of all processes' gradients."""
+        return _AllReduceSum.apply(value) if self.world_size > 1 else value
+
+    def max(self, value: int) -> int:
+        """The maximum over all processes. It goes over the CPU, so no device is waited for."""
         if self.world_size == 1:
             return value
         tensor = torch.tensor([value])
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor)
 
-    def share(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors by the main process's."""
         if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
-    def all_well(self, error: Exception | None = None) -> None:
-        """All processes meet here, each with its error if it has one; all go on, or none.
+    def raise_if_any_failed(self, error: Exception | None = None) -> None:
+        """A point that all processes reach, each with its error if it has one: all go on, or none.
 
         Raises:
-            Exception: the process's own ``error``, if it is the first that has one, which is to be told.
-            PeerError: another process has one, and tells it.
+            Exception: this process's own ``error``, if its rank is the lowest of those that failed.
+            PeerError: another process failed, and reports why.
         """
-        first = self.world_size - self.largest(0 if error is None else self.world_size - self.rank)
+        first = self.world_size - self.max(0 if error is None else self.world_size - self.rank)
         if error is not None and first == self.rank:
             raise error
         if first < self.world_size:
             raise PeerError
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """A block that each process runs for itself, without collectives; see ``all_well``."""
+    def all_or_none(self) -> Iterator[None]:
+        """A block without collectives after which all processes go on, or none: ``raise_if_any_failed``."""
         try:
             yield
         except Exception as error:
-            self.all_well(error)
+            self.raise_if_any_failed(error)
         else:
-            self.all_well()
+            self.raise_if_any_failed()
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Σ over processes; its gradient is the sum of the gradients that the processes have for it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad
 
 
 def world_size() -> int:
@@ -143,7 +167,7 @@ def choose_devices(gpu: str) -> tuple[torch.device, ...]:
 
 @contextmanager
 def process_group(devices: tuple[torch.device, ...]) -> Iterator[Process]:
-    """Join the other processes if torchrun started this one. Its process ends by ``leave``.
+    """Join the other processes if torchrun started this one. The process then ends by ``exit_process``.
 
     Raises:
         PeerError: the connection to another process broke, since that one has ended.
@@ -162,17 +186,25 @@ def process_group(devices: tuple[torch.device, ...]) -> Iterator[Process]:
         raise PeerError(f"process {process.rank} lost the connection to another one") from None
 
 
-def leave(status: int) -> NoReturn:
-    """End this process; as one of several without tearing anything down.
+def exit_process(status: int) -> NoReturn:
+    """End this process; one of several ends without destroying its process group.
 
-    Destroying a group of gloo can deadlock: it waits, holding Python's lock, for a thread that wants this
-    lock to let go of a tensor. After an error, the others may never come to where they would be waited for.
+    Destroying a gloo group can deadlock: it waits, holding Python's lock, for a thread that needs this lock
+    to release a tensor. After an error, the others may never reach the point where they would be waited for.
     """
     if world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def sum_on_first_device(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors that lie on several devices, on the first one's."""
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor.to(total.device)
+    return total
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,6 +10,8 @@ from dataset.demo.files import generate
 from dataset.demo.scene import MIN_SIZE
 from dataset.labels import DataError
 
+MAX_SIZE = 8192  # pixels; a scene of 8192×8192 takes about 5 GB of memory
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that answers mistakes with one line and exit status 2."""
@@ -29,8 +31,8 @@ def _whole_number(minimum: int) -> Callable[[str], int]:
 
 def _size(text: str) -> tuple[int, int]:
     parts = text.split(",")
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) >= MIN_SIZE for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHT,WIDTH, both at least {MIN_SIZE}")
+    if len(parts) != 2 or not all(part.isdecimal() and MIN_SIZE <= int(part) <= MAX_SIZE for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHT,WIDTH, both {MIN_SIZE} to {MAX_SIZE}")
     return int(parts[0]), int(parts[1])
 
 
@@ -52,6 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except MemoryError:
+        print(f"error: not enough memory to draw scenes of {width}×{height}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{options.output}: interrupted, nothing was written", file=sys.stderr)
+        return 130
     scenes = f"{options.train} training and {options.val} validation scenes of {width}×{height}"
     print(f"{options.output}: {'wrote' if written else 'left alone, it already holds its'} {scenes}")
     return 0

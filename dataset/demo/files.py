@@ -1,8 +1,13 @@
 """The scenes as files, in the layout of Cityscapes."""
 
+import fcntl
+import glob
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -43,8 +48,8 @@ def generate(
         raise DataError(f"{root}: holds something other than this demo data; name another folder")
     root.parent.mkdir(parents=True, exist_ok=True)
     # Only the rename at the end makes the folder appear, so a folder that is there is never half written.
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as temporary:
-        partial = Path(temporary) / root.name
+    _remove_abandoned(root)
+    with _workspace(root) as partial:
         for number, index, *files in layout(num_train, num_val):
             scene = draw_scene(np.random.default_rng([seed, number, index]), height, width)
             for file, picture in zip(files, scene, strict=True):
@@ -58,6 +63,39 @@ def generate(
                 raise DataError(f"{root}: cannot be put in place: {error.strerror}") from error
             return False
     return True
+
+
+SUFFIX = ".ccnet-demo-partial"
+
+
+@contextmanager
+def _workspace(root: Path) -> Iterator[Path]:
+    """A hidden folder beside the output, locked while this process lives and removed at the end."""
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", suffix=SUFFIX, dir=root.parent))
+        with suppress(FileNotFoundError):
+            lock = os.open(temporary, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if temporary.exists():  # another process may have taken it for abandoned before it was locked
+                break
+            os.close(lock)
+    try:
+        yield temporary / root.name
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove what killed processes left; a lock ends with the process that held it."""
+    for folder in root.parent.glob(f".{glob.escape(root.name)}-*{SUFFIX}"):
+        with suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _write(file: Path, picture: np.ndarray) -> None:

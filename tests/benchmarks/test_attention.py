@@ -29,6 +29,15 @@ def test_all_formulations_of_one_operator_agree(benchmark):
     torch.testing.assert_close(explicit(*tensors), sdpa(*tensors))
 
 
+def test_all_formulations_for_clips_agree(benchmark):
+    torch.manual_seed(0)
+    tensors, grad = [torch.randn(2, c, 3, 5, 4) for c in (4, 4, 8)], torch.randn(2, 8, 3, 5, 4)
+    want = benchmark.step(benchmark.CLIP_FORMULATIONS["ours"][0], tensors, grad)
+    for function, _ in benchmark.CLIP_FORMULATIONS.values():
+        for got, expected in zip(benchmark.step(function, tensors, grad), want, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
 def test_the_pytorch_path_of_the_benchmark_has_the_operators_gradients(benchmark):
     torch.manual_seed(0)
     tensors, grad = [torch.randn(1, c, 5, 7) for c in (4, 4, 8)], torch.randn(1, 8, 5, 7)
@@ -40,8 +49,20 @@ def test_the_pytorch_path_of_the_benchmark_has_the_operators_gradients(benchmark
         torch.testing.assert_close(ours, other)
 
 
-def test_runs_and_writes_its_numbers(tmp_path):
-    options = ["--size", "9,11", "--channels", "16", "--reduced", "8", "--rounds", "1"]
+@pytest.mark.parametrize("frames", [0, 2])
+def test_runs_and_writes_its_numbers(tmp_path, frames):
+    options = [
+        "--size",
+        "9,11",
+        "--channels",
+        "16",
+        "--reduced",
+        "8",
+        "--rounds",
+        "1",
+        "--frames",
+        str(frames),
+    ]
     result = subprocess.run(
         [sys.executable, "benchmarks/attention.py", *options, "--json", str(tmp_path / "numbers.json")],
         cwd=ROOT,
@@ -52,6 +73,7 @@ def test_runs_and_writes_its_numbers(tmp_path):
     assert "tensor formulation" in result.stdout
     assert "floor at" in result.stdout
     numbers = json.loads((tmp_path / "numbers.json").read_text())
-    met = 9 * 11 * (9 + 11)
+    positions = max(frames, 1) * 9 * 11
+    met = positions * (frames + 9 + 11)
     assert numbers["ours"]["forward GFLOP"] == pytest.approx(2 * met * (8 + 16) / 1e9)
-    assert numbers["floor"]["forward MB"] == pytest.approx(4 * 9 * 11 * 2 * (8 + 16) / 1e6)
+    assert numbers["floor"]["forward MB"] == pytest.approx(4 * positions * 2 * (8 + 16) / 1e6)

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import loader, plot_log, summarise_runs, train_step
 from networks import build_model
-from utils.criterion import build_criterion
+from training.criterion import build_criterion
 
 
 def run(module, monkeypatch, capsys, *arguments):
@@ -39,7 +39,7 @@ def test_the_usual_code_computes_the_same():
     for usual in (False, True):
         model.zero_grad()
         with train_step.usual_code() if usual else torch.enable_grad():
-            build_criterion()(model(images, keys), labels).backward()
+            build_criterion()(model(images, keys), labels)["loss"].backward()
         gradients.append([p.grad for p in model.parameters()])
     for ours, usual in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, usual, rtol=1e-7, atol=1e-10)

@@ -49,11 +49,11 @@ void run(bool backward, const Shape& shape, const Plan& plan, const void* const*
 }  // namespace
 
 // Forward: in = query, key, value; out = out, lse. Backward: in = grad, query, key, value, out, lse;
-// out = dquery, dkey, dvalue. Maps are (B,H,W,·). Plan: tile, images, splits.
+// out = dquery, dkey, dvalue. Maps are (B,T,H,W,·). Plan: tile, images, splits.
 extern "C" void attention(int backward, int tensor_cores, const char* dtype,
-                          const int* sizes,  // B, Cr, C, H, W
+                          const int* sizes,  // B, Cr, C, T, H, W
                           const int* plan_values, const void* const* in, void* const* out) {
-  const Shape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+  const Shape shape{sizes[0], sizes[1], sizes[2], {sizes[3], sizes[4], sizes[5]}};
   const Plan plan{plan_values[0], plan_values[1], plan_values[2]};
   const auto is = [&](const char* name) { return std::strcmp(dtype, name) == 0; };
   if (is("float64")) {
@@ -70,7 +70,7 @@ extern "C" void attention(int backward, int tensor_cores, const char* dtype,
 
 // The launcher's own plan, to look at: tile, images, splits.
 extern "C" void plan_of(int tensor_cores, const int* sizes, int multiprocessors, int* values) {
-  const Shape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+  const Shape shape{sizes[0], sizes[1], sizes[2], {sizes[3], sizes[4], sizes[5]}};
   const Plan plan = tensor_cores ? plan_for<TensorCore<Half>>(shape, multiprocessors)
                                  : plan_for<Portable<float>>(shape, multiprocessors);
   values[0] = plan.tile;
@@ -79,13 +79,13 @@ extern "C" void plan_of(int tensor_cores, const int* sizes, int multiprocessors,
 }
 
 #ifdef STANDALONE
-// emulated TENSOR_CORES DTYPE B CR C H W TILE IMAGES SPLITS: forward and backward on arrays of exactly the size
+// emulated TENSOR_CORES DTYPE B CR C T H W TILE IMAGES SPLITS: forward and backward on arrays of exactly the size
 // needed.
 int main(int argc, char** argv) {
-  emulator::require(argc == 11, "ten arguments are needed");
-  int numbers[8];
-  for (int n = 0; n < 8; ++n) numbers[n] = std::atoi(argv[3 + n]);
-  const size_t positions = static_cast<size_t>(numbers[0]) * numbers[3] * numbers[4];
+  emulator::require(argc == 12, "eleven arguments are needed");
+  int numbers[9];
+  for (int n = 0; n < 9; ++n) numbers[n] = std::atoi(argv[3 + n]);
+  const size_t positions = static_cast<size_t>(numbers[0]) * numbers[3] * numbers[4] * numbers[5];
   const bool half = std::strstr(argv[2], "16") != nullptr;
   const auto map = [&](int channels) {  // some numbers between -1 and 1
     const size_t elements = positions * channels;
@@ -106,8 +106,8 @@ int main(int argc, char** argv) {
   void* forward_out[] = {out, lse};
   const void* backward_in[] = {grad, query, key, value, out, lse};
   void* backward_out[] = {dquery, dkey, dvalue};
-  attention(0, std::atoi(argv[1]), argv[2], numbers, numbers + 5, forward_in, forward_out);
-  attention(1, std::atoi(argv[1]), argv[2], numbers, numbers + 5, backward_in, backward_out);
+  attention(0, std::atoi(argv[1]), argv[2], numbers, numbers + 6, forward_in, forward_out);
+  attention(1, std::atoi(argv[1]), argv[2], numbers, numbers + 6, backward_in, backward_out);
   for (void* p : {query, key, value, grad, out, dquery, dkey, dvalue, lse}) std::free(p);
 }
 #endif

@@ -36,13 +36,15 @@ RUNS = [  # engine, dtype
 ]
 ONE_OF_EACH = [("portable", torch.float32), *RUNS[-2:]]
 # Lines longer than a segment, several images, chunks of channels and their splits.
-SMALL = [  # (B, Cr, C, H, W), (tile, images, splits)
-    ((2, 3, 5, 3, 4), (64, 1, 1)),  # channels that fill no 16 bytes
-    ((2, 16, 24, 3, 5), (2, 2, 1)),  # several segments in each line, the last one shorter
-    ((1, 2, 3, 1, 5), (64, 1, 1)),  # columns of one position hold no key
-    ((1, 8, 8, 5, 1), (2, 1, 1)),
-    ((1, 8, 140, 2, 3), (64, 1, 3)),  # chunks of channels, shared out among blocks
-    ((1, 33, 8, 2, 17), (64, 1, 1)),  # more query channels than a step takes, two squares of 16 positions
+SMALL = [  # (B, Cr, C, T, H, W), (tile, images, splits)
+    ((2, 3, 5, 1, 3, 4), (64, 1, 1)),  # channels that fill no 16 bytes
+    ((2, 16, 24, 1, 3, 5), (2, 2, 1)),  # several segments in each line, the last one shorter
+    ((1, 2, 3, 1, 1, 5), (64, 1, 1)),  # columns of one position hold no key
+    ((1, 8, 8, 1, 5, 1), (2, 1, 1)),
+    ((1, 8, 140, 1, 2, 3), (64, 1, 3)),  # chunks of channels, shared out among blocks
+    ((1, 33, 8, 1, 2, 17), (64, 1, 1)),  # more query channels than a step takes, two squares of 16 positions
+    ((2, 3, 8, 3, 2, 4), (64, 5, 1)),  # clips; frames of both in the first launch
+    ((1, 8, 5, 5, 2, 3), (2, 1, 1)),  # an odd number of passes: 2, 1 and 3 segments
 ]
 
 
@@ -55,12 +57,12 @@ def emulated(tmp_path_factory):
 
 
 def maps(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
-    """Query, key, value and the gradient of the result, each (B,H,W,channels)."""
-    batch, reduced, channels, height, width = shape
+    """Query, key, value and the gradient of the result, each (B,T,H,W,channels)."""
+    batch, reduced, channels, *sizes = shape
     generator = torch.Generator().manual_seed(sum(shape))
 
     def values(c: int) -> Tensor:
-        return torch.randn(batch, height, width, c, generator=generator, dtype=torch.float64)
+        return torch.randn(batch, *sizes, c, generator=generator, dtype=torch.float64)
 
     numbers = [scale * values(reduced), scale * values(reduced), values(channels), values(channels)]
     return [x.to(dtype) for x in numbers]
@@ -77,7 +79,7 @@ def run(emulated, engine, shape, plan, query, key, value, grad):
             backward,
             engine != "portable",
             str(query.dtype).removeprefix("torch.").encode(),
-            (ctypes.c_int * 5)(*shape),
+            (ctypes.c_int * 6)(*shape),
             (ctypes.c_int * 3)(*plan),
             pointers(given),
             pointers(results),
@@ -85,7 +87,7 @@ def run(emulated, engine, shape, plan, query, key, value, grad):
 
     wide = torch.promote_types(query.dtype, torch.float32)
     out, dquery, dkey, dvalue = (torch.full_like(x, torch.nan) for x in (value, query, key, value))
-    lse = torch.full(query.shape[:3], torch.nan, dtype=wide)
+    lse = torch.full(query.shape[:4], torch.nan, dtype=wide)
     call(0, [query, key, value], [out, lse])
     call(1, [grad, query, key, value, out, lse], [dquery, dkey, dvalue])
     return out, lse, dquery, dkey, dvalue
@@ -93,22 +95,28 @@ def run(emulated, engine, shape, plan, query, key, value, grad):
 
 def by_reference(query, key, value, grad):
     """The same five by the readable formula, in the dtype of its arguments."""
-    tensors = [x.permute(0, 3, 1, 2).detach().requires_grad_() for x in (query, key, value)]
+    tensors = [x.movedim(-1, 1).detach().requires_grad_() for x in (query, key, value)]
     out = reference.criss_cross_attention(*tensors)
-    gradients = torch.autograd.grad(out, tensors, grad.permute(0, 3, 1, 2))
+    gradients = torch.autograd.grad(out, tensors, grad.movedim(-1, 1))
     wide = torch.promote_types(query.dtype, torch.float32)
     lse = energies(query.to(wide), key.to(wide)).logsumexp(dim=-1)
-    return out.detach().permute(0, 2, 3, 1), lse, *(x.permute(0, 2, 3, 1) for x in gradients)
+    return out.detach().movedim(1, -1), lse, *(x.movedim(1, -1) for x in gradients)
+
+
+# Indices of a position, of those along its line through time, column or row, and of the weights.
+LINES = [("bthwc", "bshwc", "bthws"), ("bthwc", "btgwc", "bthwg"), ("bthwc", "bthvc", "bthwv")]
 
 
 def pairs(x, y):
-    """Products of x at each position with y along its column, then its row: (B,H,W,H+W)."""
-    return torch.cat([torch.einsum("bhwc,bgwc->bhwg", x, y), torch.einsum("bhwc,bhvc->bhwv", x, y)], dim=-1)
+    """Products of x at each position with y along its lines: (B,T,H,W,T+H+W)."""
+    return torch.cat([torch.einsum(f"{own},{others}->{w}", x, y) for own, others, w in LINES], dim=-1)
 
 
 def energies(query, key):
-    own = torch.eye(query.shape[1], dtype=torch.bool).unsqueeze(1)
-    own = torch.cat([own, own.new_zeros(own.shape[0], 1, query.shape[2])], dim=-1)
+    frames, height, width = query.shape[1:4]
+    time = torch.eye(frames, dtype=torch.bool)[:, None, None].expand(-1, height, width, -1)
+    column = torch.eye(height, dtype=torch.bool)[:, None].expand(frames, -1, width, -1)
+    own = torch.cat([time, column, column.new_zeros(frames, height, width, width)], dim=-1)
     return pairs(query, key).masked_fill(own, -torch.inf)
 
 
@@ -120,15 +128,15 @@ def tf32(x: Tensor) -> Tensor:
 def by_formula_in_tf32(query, key, value, grad):
     """The same five with both factors of each product rounded to TF32 and all else in fp64."""
     query, key, value, grad = (tf32(x) for x in (query, key, value, grad))
-    height, width = query.shape[1:3]
+
+    def parts(weights):
+        return zip(LINES, tf32(weights).split(list(query.shape[1:4]), dim=-1), strict=True)
 
     def gather(weights, x):
-        column, row = tf32(weights).split([height, width], dim=-1)
-        return torch.einsum("bhwg,bgwc->bhwc", column, x) + torch.einsum("bhwv,bhvc->bhwc", row, x)
+        return sum(torch.einsum(f"{w},{others}->{own}", part, x) for (own, others, w), part in parts(weights))
 
     def scatter(weights, x):
-        column, row = tf32(weights).split([height, width], dim=-1)
-        return torch.einsum("bhwg,bhwc->bgwc", column, x) + torch.einsum("bhwv,bhwc->bhvc", row, x)
+        return sum(torch.einsum(f"{w},{own}->{others}", part, x) for (own, others, w), part in parts(weights))
 
     attention = energies(query, key).softmax(dim=-1)
     out = gather(attention, value)
@@ -176,9 +184,9 @@ def test_equals_the_formula(emulated, engine, dtype, shape, plan):
 @pytest.mark.parametrize(
     ("engine", "dtype", "shape"),
     [
-        ("portable", torch.float32, (1, 3, 66, 2, 70)),  # two segments of TILE and fewer
-        ("tensor_core", torch.bfloat16, (1, 17, 136, 1, 118)),  # every square of a tile
-        ("tensor_float32", torch.float32, (1, 12, 132, 118, 1)),
+        ("portable", torch.float32, (1, 3, 66, 1, 2, 70)),  # two segments of TILE and fewer
+        ("tensor_core", torch.bfloat16, (1, 17, 136, 1, 1, 118)),  # every square of a tile
+        ("tensor_float32", torch.float32, (1, 12, 132, 1, 118, 1)),
     ],
 )
 def test_whole_tiles(emulated, engine, dtype, shape):
@@ -189,15 +197,33 @@ def test_whole_tiles(emulated, engine, dtype, shape):
 @pytest.mark.parametrize(("engine", "dtype"), RUNS)
 def test_energies_far_beyond_the_range_of_exp(emulated, engine, dtype):
     """Energies of ±1e4: the softmax is one-hot."""
-    shape = (1, 4, 3, 4, 3)
+    shape = (1, 4, 3, 2, 4, 3)
     inputs = maps(shape, dtype, scale=70.0)
     results = run(emulated, engine, shape, (2, 1, 1), *inputs)
     assert all(x.isfinite().all() for x in results)
     check(results, inputs, engine)
 
 
+@pytest.mark.parametrize(("engine", "dtype"), RUNS)
+@pytest.mark.parametrize("frames", [1, 3])
+def test_energies_of_minus_infinity(emulated, engine, dtype, frames):
+    """They weigh nothing beside finite ones; a position that has no others is NaN, as in the reference."""
+    shape = (1, 2, 3, frames, 3, 4)
+    query, key, value, grad = maps(shape, dtype)
+    query[0, 0, 1, 2] = key[0, 0, 1, 2] = 1
+    key[0, -1, 0] = key[0, -1, :, 1] = -torch.inf  # a row and a column
+    query[..., 0] = 1  # energies of -inf, not of -inf + inf
+    query[..., 1] = 0.5
+    results = run(emulated, engine, shape, (2, 1, 1), query, key, value, grad)
+    expected = by_reference(query, key, value, grad)
+    assert expected[0].isnan().any() == (frames == 1)
+    for got, want in zip(results, expected, strict=True):
+        want = want.masked_fill(want == -torch.inf, torch.nan)  # lse, where there is no finite energy
+        torch.testing.assert_close(got.double(), want.double(), rtol=0.02, atol=0.02, equal_nan=True)
+
+
 @pytest.mark.parametrize(("engine", "dtype"), ONE_OF_EACH)
-@pytest.mark.parametrize("shape", [(1, 0, 3, 3, 2), (1, 3, 0, 3, 2), (2, 1, 1, 1, 1)])
+@pytest.mark.parametrize("shape", [(1, 0, 3, 1, 3, 2), (1, 3, 0, 2, 3, 2), (2, 1, 1, 1, 1, 1)])
 def test_no_channels_and_single_positions(emulated, engine, dtype, shape):
     inputs = maps(shape, dtype)
     check(run(emulated, engine, shape, (2, 1, 1), *inputs), inputs, engine)
@@ -205,7 +231,7 @@ def test_no_channels_and_single_positions(emulated, engine, dtype, shape):
 
 @pytest.mark.parametrize(("engine", "dtype"), ONE_OF_EACH)
 def test_division_of_work_changes_no_bit(emulated, engine, dtype):
-    shape = (3, 4, 136, 1, 3)
+    shape = (2, 4, 136, 2, 1, 3)
     inputs = maps(shape, dtype)
     expected = run(emulated, engine, shape, (2, 1, 1), *inputs)
     actual = run(emulated, engine, shape, (2, 2, 2), *inputs)
@@ -215,7 +241,7 @@ def test_division_of_work_changes_no_bit(emulated, engine, dtype):
 @pytest.mark.parametrize(("engine", "dtype"), RUNS[-2:])
 def test_inputs_that_begin_anywhere(emulated, engine, dtype):
     """Views may begin at an address that is no multiple of 16 bytes."""
-    shape = (1, 8, 8, 2, 3)
+    shape = (1, 8, 8, 2, 2, 3)
     inputs = maps(shape, dtype)
     shifted = []
     for x in inputs:
@@ -230,26 +256,26 @@ def test_inputs_that_begin_anywhere(emulated, engine, dtype):
 @pytest.mark.parametrize(
     ("engine", "shape", "expected"),
     [
-        ("tensor_core", (8, 64, 512, 97, 97), (128, 2, 1)),  # 194 lines, 264 blocks fit
-        ("tensor_core", (1, 64, 512, 97, 97), (128, 1, 2)),
-        ("tensor_core", (1, 1, 1, 1, 1), (128, 1, 1)),
-        ("portable", (8, 64, 512, 97, 97), (64, 4, 1)),
-        ("portable", (100, 64, 512, 1000, 1000), (64, 1, 1)),
+        ("tensor_core", (8, 64, 512, 1, 97, 97), (128, 2, 1)),  # 194 lines, 264 blocks fit
+        ("tensor_core", (1, 64, 512, 1, 97, 97), (128, 1, 2)),
+        ("tensor_core", (1, 1, 1, 1, 1, 1), (128, 1, 1)),
+        ("portable", (2, 64, 512, 4, 97, 97), (64, 4, 1)),
+        ("portable", (100, 64, 512, 1, 1000, 1000), (64, 1, 1)),
     ],
 )
 def test_division_of_work_on_an_h200(emulated, engine, shape, expected):
     plan = (ctypes.c_int * 3)()
-    emulated.plan_of(engine != "portable", (ctypes.c_int * 5)(*shape), 132, plan)
+    emulated.plan_of(engine != "portable", (ctypes.c_int * 6)(*shape), 132, plan)
     assert tuple(plan) == expected
 
 
 SANITIZED = [  # engine on tensor cores or not, dtype, shape, plan
-    "0 float32 1 5 12 2 5  3 1 1",
-    "0 bfloat16 1 3 65 1 3  2 1 2",
-    "1 bfloat16 1 17 136 1 2  1 1 2",  # 16 bytes at a time, several chunks and splits
-    "1 float32 1 3 7 2 2  1 1 1",
-    "1 float32 1 4 12 1 17  64 1 1",  # two squares of 16 positions
-    "1 float16 1 3 7 2 3  2 1 1",
+    "0 float32 1 5 12 2 2 5  3 1 1",
+    "0 bfloat16 1 3 65 1 1 3  2 1 2",
+    "1 bfloat16 1 17 136 1 1 2  1 1 2",  # 16 bytes at a time, several chunks and splits
+    "1 float32 1 3 7 1 2 2  1 1 1",
+    "1 float32 1 4 12 1 1 17  64 1 1",  # two squares of 16 positions
+    "1 float16 1 3 7 1 2 3  2 1 1",
 ]
 
 

@@ -42,6 +42,37 @@ def test_two_rounds_reach_every_position_and_one_does_not():
     assert (twice != 0).any(dim=1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_layer_of_a_2d_checkpoint_takes_clips(dtype):
+    image_layer, layer = CrissCrossAttention(16).to(dtype), CrissCrossAttention(16).to(dtype)
+    image_layer.gamma.data.fill_(0.5)
+    layer.load_state_dict(image_layer.state_dict())
+    x = torch.randn(2, 16, 3, 5, 4, dtype=dtype, requires_grad=True)
+    # The convolutions see each frame alone, the attention the whole clip.
+    maps = [
+        torch.stack([conv(frame) for frame in x.unbind(2)], dim=2)
+        for conv in (layer.query_conv, layer.key_conv, layer.value_conv)
+    ]
+    torch.testing.assert_close(layer(x), x + 0.5 * criss_cross_attention(*maps))
+    last = x.contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(layer(last), layer(x))
+    assert layer(last).is_contiguous(memory_format=torch.channels_last_3d)
+    one = x[:, :, :1]
+    assert torch.equal(layer(one).squeeze(2), image_layer(one.squeeze(2)))
+
+
+def test_two_rounds_reach_a_shared_coordinate_and_three_the_whole_clip():
+    layer = CrissCrossAttention(8).double()
+    layer.gamma.data.fill_(1.0)
+    x = torch.randn(1, 8, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    away = torch.meshgrid(*((torch.arange(n) != 1).int() for n in (3, 4, 5)), indexing="ij")
+    y, differing = x, sum(away)  # in how many coordinates
+    for rounds in (1, 2, 3):
+        y = layer(y)
+        (gradient,) = torch.autograd.grad(y[0, :, 1, 1, 1].sum(), x, retain_graph=True)
+        assert torch.equal((gradient != 0).any(dim=1)[0], differing <= rounds)
+
+
 def test_too_few_channels():
     with pytest.raises(ValueError, match="at least 8; got 4"):
         CrissCrossAttention(4)

@@ -10,16 +10,20 @@ import pytest
 import torch
 
 import cc_attention
-from cc_attention import __main__ as doctor
-from cc_attention import native, reference
+import libs.__main__
+from cc_attention import __main__ as checkup
+from cc_attention import doctor, reference
+from cc_attention.native import KERNELS, Kernels
 from cc_attention.ops import implementation
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_kernels = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
+needs_kernels = pytest.mark.skipif(KERNELS.why_unusable() is not None, reason=str(KERNELS.why_unusable()))
+DOCTORS = [checkup.DOCTOR, libs.__main__.DOCTOR]
+both_doctors = pytest.mark.parametrize("one", DOCTORS, ids=lambda one: one.kernels.name)
 
 
 def run(*command, cwd=ROOT, **variables):
-    environment = {name: value for name, value in os.environ.items() if name != native.VARIABLE}
+    environment = {name: value for name, value in os.environ.items() if name != KERNELS.variable}
     return subprocess.run(
         [sys.executable, *command], cwd=cwd, env=environment | variables, capture_output=True, text=True
     )
@@ -28,7 +32,7 @@ def run(*command, cwd=ROOT, **variables):
 def test_kernels_are_built_where_there_is_a_compiler():
     if not os.environ.get("CI") and shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
-    assert native.problem() is None
+    assert KERNELS.why_unusable() is None
 
 
 @needs_kernels
@@ -54,9 +58,10 @@ def test_every_implementation_passes_the_operators_tests(kernels):
 
 
 @needs_kernels
-def test_the_number_of_threads_changes_no_bit():
+@pytest.mark.parametrize("sizes", [(29, 31), (5, 9, 11)])
+def test_the_number_of_threads_changes_no_bit(sizes):
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(2, c, 29, 31, generator=generator).requires_grad_() for c in (8, 8, 40)]
+    tensors = [torch.randn(2, c, *sizes, generator=generator).requires_grad_() for c in (8, 8, 40)]
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5, 5):
@@ -92,6 +97,9 @@ def test_last_line_before_memory():
         (q[0], k, v),
         (q, k, v.double()),
         (q[:, :1], k, v),
+        (q.unsqueeze(2), k, v),
+        (q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2).expand(-1, -1, 2, -1, -1)),
+        tuple(x[..., None, None] for x in (q, k, v)),
     ):
         with pytest.raises(RuntimeError, match="do not fit together"):
             operator(*wrong)
@@ -119,23 +127,44 @@ SAY = "import cc_attention; print(cc_attention.backend())"
 
 
 def test_without_a_binary_all_works_in_silence(package):
-    (package / "cc_attention" / native.BINARY.name).unlink(missing_ok=True)
+    (package / "cc_attention" / KERNELS.binary.name).unlink(missing_ok=True)
     result = run("-c", SAY, cwd=package)
     assert result.stderr == ""
     assert "CPU: PyTorch path (no compiled kernels; build them with: python setup.py" in result.stdout
+
+
+def change_sources(package):
+    (package / "csrc" / "cpu" / "lines.h").write_text("changed")
+
+
+def replace_by_text(package):
+    (package / KERNELS.binary.name).write_text(f"no library, csrc {KERNELS.source_hash()}")
+
+
+def replace_by_folder(package):
+    (package / KERNELS.binary.name).unlink()
+    (package / KERNELS.binary.name).mkdir()
+
+
+def link_to_cuda(package):
+    with (package / KERNELS.binary.name).open("ab") as file:
+        file.write(b"libtorch_cuda.so\0")
+
+
+CPU_BUILD = pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch is a CUDA build")
 
 
 @needs_kernels
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda p: (p / "csrc" / "cpu" / "lines.h").write_text("changed"), "was built from other sources"),
-        (
-            lambda p: (p / native.BINARY.name).write_text(f"no library, csrc {native.source_hash()}"),
-            "cannot be loaded",
+        (change_sources, "was built from other sources"),
+        (replace_by_text, "cannot be loaded"),
+        (replace_by_folder, "cannot be read (Is a directory); remove it"),
+        pytest.param(
+            link_to_cuda, "was built with CUDA, and this PyTorch is a CPU build; build", marks=CPU_BUILD
         ),
     ],
-    ids=["stale", "foreign"],
 )
 def test_a_binary_that_does_not_fit_gets_one_line(package, spoil, reason):
     spoil(package / "cc_attention")
@@ -144,6 +173,8 @@ def test_a_binary_that_does_not_fit_gets_one_line(package, spoil, reason):
     assert reason in result.stderr
     assert result.stderr.count("\n") == 1
     assert "CPU: PyTorch path" in result.stdout
+    if reason != "cannot be loaded":  # what the shell scripts ask before anything is loaded
+        assert reason in Kernels(package / "cc_attention").why_unusable()
 
 
 def test_an_unknown_choice_of_kernels_is_named():
@@ -151,18 +182,51 @@ def test_an_unknown_choice_of_kernels_is_named():
     assert "must be one of avx512, avx2, baseline, none; got 'avx1024'" in result.stdout
 
 
-def test_doctor():
-    result = run("-m", "cc_attention")
+@pytest.mark.parametrize("package", ["cc_attention", "libs"])
+def test_doctor(package):
+    result = run("-m", package)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count(" right\n") == 4 * (2 if torch.cuda.is_available() else 1)
-    assert f"CPU        {implementation('cpu')}" in result.stdout
+    if package == "cc_attention":
+        assert f"CPU        {implementation('cpu')}" in result.stdout
     assert "to do " in result.stdout
+
+
+@both_doctors
+def test_doctor_refuses_arguments(one, capsys):
+    with pytest.raises(SystemExit) as stop:
+        one.run(["--foo"])
+    assert stop.value.code == 2
+    assert f"python -m {one.kernels.name}: error: unrecognized arguments: --foo" in capsys.readouterr().err
 
 
 def test_doctor_finds_a_wrong_implementation(monkeypatch, capsys):
     def wrong(q, k, v):
         return reference.criss_cross_attention(q, k, 1.01 * v)
 
-    monkeypatch.setattr(doctor, "criss_cross_attention", wrong)
-    assert doctor.main() == 1
+    monkeypatch.setattr(checkup, "criss_cross_attention", wrong)
+    assert checkup.DOCTOR.run([]) == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+def test_doctor_finds_nan(monkeypatch, capsys):
+    monkeypatch.setattr(checkup, "criss_cross_attention", lambda q, k, v: (q.sum() + k.sum() + v) * torch.nan)
+    assert checkup.DOCTOR.run([]) == 1
+
+
+@both_doctors
+def test_advice_names_what_would_serve_without_the_variable(one, monkeypatch):
+    """The variable is read when the binary is loaded: setting it here changes nothing but the advice."""
+    monkeypatch.delenv(one.kernels.variable, raising=False)
+    now, advice = one.implementation("cpu"), one.advice()
+    monkeypatch.setenv(one.kernels.variable, "baseline")
+    assert one.advice() == advice  # the same engine serves without it
+    monkeypatch.setattr(doctor.Doctor, "implementation", lambda self, device_type: "C++, baseline")
+    assert f"{one.kernels.variable}=baseline is set: without it the CPU has {now}" in one.advice()
+
+
+def test_cores_where_the_system_does_not_tell_which_may_be_used(monkeypatch):
+    assert doctor.available_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert doctor.available_cores() == os.cpu_count()
+    assert isinstance(checkup.DOCTOR.advice(), list)

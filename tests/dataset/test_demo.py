@@ -1,6 +1,9 @@
 """The synthetic demo data: what it writes, that it is the same every time, and that it spares other files."""
 
 import json
+import multiprocessing
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dataset.cityscapes import CLASSES, IDS, TABLE, find_pairs
+from dataset.cityscapes import CLASSES, IDS, LABELS, list_samples
 from dataset.demo import draw_scene, files, generate
 from dataset.demo.__main__ import main
 from dataset.labels import DataError
@@ -39,7 +42,7 @@ def test_layout_is_that_of_cityscapes(tmp_path: Path) -> None:
 
 def test_files_hold_the_scene_of_seed_split_and_index(tmp_path: Path) -> None:
     small(tmp_path / "demo", seed=3)
-    pair = find_pairs(tmp_path / "demo", "train")[1]
+    pair = list_samples(tmp_path / "demo", "train")[1]
     assert pair.label is not None
     image, label = draw_scene(np.random.default_rng([3, 0, 1]), 64, 128)
     np.testing.assert_array_equal(cv2.imread(str(pair.image), cv2.IMREAD_UNCHANGED), image)
@@ -52,7 +55,7 @@ def test_default_val_scenes_show_every_class_and_ignored_areas() -> None:
     assert all(scenes_with[name] >= 3 for name in CLASSES), scenes_with
     assert scenes_with["ego vehicle"] == 12
     assert scenes_with["static"] > 0 and scenes_with["unlabeled"] > 0
-    ignored = np.mean([np.mean(TABLE.encode(label) == 255) for label in labels])  # raises on a foreign id
+    ignored = np.mean([np.mean(LABELS.encode(label) == 255) for label in labels])  # raises on a foreign id
     assert 0.01 < ignored < 0.15
 
 
@@ -92,7 +95,7 @@ def test_complete_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monke
 def test_empty_folder_is_filled(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     small(tmp_path / "demo")
-    assert len(find_pairs(tmp_path / "demo", "train")) == 2
+    assert len(list_samples(tmp_path / "demo", "train")) == 2
 
 
 def test_folder_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
@@ -114,7 +117,64 @@ def test_interrupted_generation_is_done_again(tmp_path: Path, monkeypatch: pytes
             small(tmp_path / "demo")
     assert calls and not any(tmp_path.iterdir())
     small(tmp_path / "demo")
-    assert len(find_pairs(tmp_path / "demo", "val")) == 1
+    assert len(list_samples(tmp_path / "demo", "val")) == 1
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / ".demo-notes"  # hidden too, but no workspace
+    mine.mkdir()
+    drawing = multiprocessing.get_context("fork").Event()
+
+    def draw_and_wait(*_: object) -> None:
+        drawing.set()
+        time.sleep(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "draw_scene", draw_and_wait)
+        process = multiprocessing.get_context("fork").Process(target=small, args=(tmp_path / "demo",))
+        process.start()
+    assert drawing.wait(30)
+    (workspace,) = set(tmp_path.iterdir()) - {mine}
+    small(tmp_path / "demo")
+    assert workspace.is_dir()  # its process lives
+    shutil.rmtree(tmp_path / "demo")
+    process.kill()
+    process.join()
+    assert workspace.is_dir()
+    small(tmp_path / "demo")
+    assert {path.name for path in tmp_path.iterdir()} == {"demo", ".demo-notes"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "line"),
+    [
+        (MemoryError(), 1, "error: not enough memory to draw scenes of 128×64"),
+        (KeyboardInterrupt(), 130, "{root}: interrupted, nothing was written"),
+        (
+            OSError(28, "No space left on device", "demo.json"),
+            1,
+            "error: [Errno 28] No space left on device: 'demo.json'",
+        ),
+    ],
+)
+def test_faults_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fault: BaseException,
+    status: int,
+    line: str,
+) -> None:
+    def draw(*_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(files, "draw_scene", draw)
+    root = tmp_path / "demo"
+    assert main([str(root), "--size", "64,128"]) == status
+    assert capsys.readouterr().err == line.format(root=root) + "\n"
+    assert not any(tmp_path.iterdir())
 
 
 def foreign_folder(root: Path) -> None:
@@ -171,6 +231,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     [
         ("--train", "0"), ("--train", "many"), ("--val", "-1"), ("--val", "1.5"), ("--seed", "-1"),
         ("--size", "64"), ("--size", "64,"), ("--size", "31,64"), ("--size", "64x128"), ("--size", "1,2,3"),
+        ("--size", "9999999,9999999"), ("--size", "64,8193"),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused(

@@ -1,12 +1,14 @@
 """The tables of ids and colours."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from dataset import DataError
-from dataset.camvid import TABLE as CAMVID
+from dataset.camvid import LABELS as CAMVID
 from dataset.cityscapes import IDS
-from dataset.cityscapes import TABLE as CITYSCAPES
+from dataset.cityscapes import LABELS as CITYSCAPES
 from dataset.labels import generic_table
 
 # FACTS of the benchmark, written out here a second time on purpose.
@@ -51,3 +53,26 @@ def test_generic_table_has_voc_colours():
     table = generic_table(4, ignore_label=250)
     assert table.palette == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0))
     assert table.encode(np.array([3, 250], np.uint8)).tolist() == [3, 255]
+
+
+def test_encoding_equals_a_table_written_out():
+    stored = np.random.default_rng(0).integers(0, 34, (37, 53), np.uint8)
+    expected = [[EVALUATED.index(v) if v in EVALUATED else 99 for v in row] for row in stored.tolist()]
+    encoded = CITYSCAPES.encode(stored.T, ignore_label=99).T  # in any memory order
+    assert encoded.tolist() == expected
+    assert encoded.flags.writeable
+    assert CITYSCAPES.encode(np.zeros((0, 3), np.uint8)).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"names": ("a",)}, r"as many names \(1\) as ids \(2\) and colours \(2\)"),
+        ({"ids": (0, 256)}, "values 0..255, got 256"),
+        ({"ignored_ids": (-1,)}, "values 0..255, got -1"),
+        ({"mirror_pairs": ((0, 2),)}, r"train ids 0..1, got \(0, 2\)"),
+    ],
+)
+def test_tables_that_make_no_sense(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(generic_table(2), **change)

@@ -1,7 +1,16 @@
 """The order and the augmentation depend on the seed and the step, and on nothing else."""
 
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dataset import (
     DataError,
@@ -10,21 +19,22 @@ from dataset import (
     StepSampler,
     TrainDataset,
     TrainTransform,
-    find_source,
-    load,
-    pairs_of,
+    find_dataset,
+    list_samples,
+    load_batches,
+    load_samples,
 )
 
 
 @pytest.fixture
 def dataset(demo_data):
-    source = find_source(demo_data)
-    pairs = pairs_of(source, demo_data, "train")
-    return TrainDataset(pairs, source.table, TrainTransform((33, 41)), seed=5)
+    spec = find_dataset(demo_data)
+    pairs = list_samples(spec, demo_data, "train")
+    return TrainDataset(pairs, spec.labels, TrainTransform((33, 41)), seed=5)
 
 
 def batches(dataset, workers, sampler):
-    return list(load(dataset, workers, sampler))
+    return list(load_batches(dataset, sampler, workers))
 
 
 def same(left, right):
@@ -46,9 +56,10 @@ def test_starting_in_the_middle_does_not_matter(dataset):
 def test_processes_share_each_batch_without_overlap(dataset):
     whole = batches(dataset, 0, StepSampler(4, 0, 3))
     parts = [batches(dataset, 0, StepSampler(4, 0, 3, rank, 2)) for rank in range(2)]
-    for step, (images, labels) in enumerate(whole):
+    for step, (images, labels, keys) in enumerate(whole):
         assert torch.equal(images, torch.cat([part[step][0] for part in parts]))
         assert torch.equal(labels, torch.cat([part[step][1] for part in parts]))
+        assert torch.equal(keys, torch.cat([part[step].keys for part in parts]))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -63,13 +74,13 @@ def test_parts_of_a_batch_are_shared_one_after_another(world_size):
 
 
 def test_keys_belong_to_positions(dataset):
-    keys = dataset.keys([3, 4, 10**6])
-    assert keys.dtype == torch.int64
-    assert ((keys >= 0) & (keys < 2**32)).all()
-    assert keys.unique().numel() == 3
-    assert torch.equal(dataset.keys([4]), keys[1:2])
-    other = TrainDataset(dataset.pairs, dataset.table, dataset.transform, seed=6)
-    assert not torch.equal(other.keys([3, 4, 10**6]), keys)
+    drawn = [int(np.random.default_rng([5, position, 2]).integers(2**32)) for position in range(8)]
+    first, second = batches(dataset, 1, StepSampler(4, 0, 2))
+    assert first.keys.dtype == torch.int64
+    assert [*first.keys.tolist(), *second.keys.tolist()] == drawn
+    assert dataset[10**6].keys.tolist() == dataset.key(10**6) < 2**32
+    other = TrainDataset(dataset.pairs, dataset.labels, dataset.transform, seed=6)
+    assert other.key(3) != dataset.key(3)
 
 
 def test_each_epoch_is_a_new_permutation(dataset):
@@ -90,7 +101,7 @@ def test_each_epoch_is_a_new_permutation(dataset):
 
 
 def test_another_seed_is_another_run(dataset):
-    other = TrainDataset(dataset.pairs, dataset.table, dataset.transform, seed=6)
+    other = TrainDataset(dataset.pairs, dataset.labels, dataset.transform, seed=6)
     assert not same(batches(dataset, 0, StepSampler(4, 0, 2)), batches(other, 0, StepSampler(4, 0, 2)))
 
 
@@ -129,6 +140,99 @@ def test_all_ways_to_notice_that_a_worker_died(dataset, monkeypatch, error):
         batches(dataset, 1, StepSampler(2, 0, 2))
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("Too many open files. Communication with the workers …"),
+            "too many open files: .*ulimit",
+        ),
+        (RuntimeError("received 0 items of ancdata"), "too many open files: .*ulimit"),
+        (OSError(24, "Too many open files"), "too many open files: .*--num-workers 0"),
+        (
+            RuntimeError(
+                "unable to open shared memory object </torch_1> in read-write mode: Too many open files"
+            ),
+            "too many open files: ",
+        ),
+        (
+            RuntimeError(
+                "Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory(shm)"
+            ),
+            "shared memory is full: --num-workers 0, or a larger /dev/shm .*--shm-size",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is …"),
+            "shared memory is full",
+        ),
+        (OSError(28, "No space left on device"), "shared memory is full"),  # semaphores lie there too
+        (OSError(12, "Cannot allocate memory"), "not enough memory for the batches"),  # fork
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …"), "not enough memory"),
+    ],
+)
+def test_what_a_machine_lacks_is_told_in_one_line(dataset, monkeypatch, error, message):
+    def start(*_):
+        raise error
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__", start)
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__del__", lambda _: None)
+    with pytest.raises(DataError, match=rf"^{message}") as caught:
+        batches(dataset, 1, StepSampler(2, 0, 2))
+    assert "\n" not in str(caught.value)
+
+
+FULL = """
+import sys
+from pathlib import Path
+from dataset import *
+root = Path(sys.argv[1])
+spec = find_dataset(root)
+pairs = list_samples(spec, root, "train")
+train = TrainDataset(pairs, spec.labels, TrainTransform((385, 385)), 0)
+evaluation = EvaluationDataset([Pair(Path(sys.argv[2]), None)] * 4, spec.labels)
+for load in (lambda: load_batches(train, StepSampler(4, 0, 5), 1), lambda: load_samples(evaluation, 1)):
+    try:
+        print(len(list(load())))
+    except DataError as error:
+        print(error)
+"""
+
+
+def test_shared_memory_that_is_too_small(demo_data, tmp_path):
+    """In a mount namespace of its own, with 4 MiB; today's evaluation would wait for ever there."""
+    small = ["unshare", "-mr", "sh", "-c", 'mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*small, "true"], capture_output=True).returncode:
+        pytest.skip("needs unshare with mounts")
+    Image.new("RGB", (800, 800)).save(tmp_path / "x.png")
+    command = [*small, sys.executable, "-c", FULL, str(demo_data), str(tmp_path / "x.png")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    line = "shared memory is full: --num-workers 0, or a larger /dev/shm (docker run --shm-size 8g)\n"
+    assert (run.stdout, run.stderr) == (2 * line, "")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), cv2.error("no memory")])
+def test_want_of_memory_names_the_file(dataset, monkeypatch, error):
+    def transform(*_):
+        raise error
+
+    monkeypatch.setattr(TrainTransform, "__call__", transform)
+    if isinstance(error, cv2.error):
+        error.code = -215  # a mistake of ours
+        with pytest.raises(cv2.error):
+            dataset[0]
+        error.code = -4
+    with pytest.raises(DataError, match=rf"^{dataset.sample(0).image}: not enough memory"):
+        dataset[0]
+
+
+def test_data_sets_travel_to_workers_that_do_not_fork(dataset):
+    """macOS and Windows start workers afresh and send them the data set."""
+    again = pickle.loads(pickle.dumps(dataset))
+    assert same([again[3]], [dataset[3]])
+    evaluation = EvaluationDataset(dataset.pairs, dataset.labels)
+    assert torch.equal(pickle.loads(pickle.dumps(evaluation))[1].image, evaluation[1].image)
+
+
 def test_a_mistake_of_ours_in_a_worker_is_not_taken_for_its_death(dataset, monkeypatch):
     def sample(*_):
         raise RuntimeError("a mistake")
@@ -141,21 +245,21 @@ def test_a_mistake_of_ours_in_a_worker_is_not_taken_for_its_death(dataset, monke
 def test_training_needs_labels(dataset, demo_data):
     image = dataset.pairs[0].image
     with pytest.raises(DataError, match=f"{image}: has no label"):
-        TrainDataset([Pair(image, None)], dataset.table, dataset.transform, 0)
+        TrainDataset([Pair(image, None)], dataset.labels, dataset.transform, 0)
 
 
 def test_evaluation_gives_whole_images_in_order(demo_data):
-    source = find_source(demo_data)
-    pairs = pairs_of(source, demo_data, "val")
-    samples = list(load(EvaluationDataset(pairs, source.table), 2))
-    assert [name for _, _, name in samples] == [pair.image.stem for pair in pairs]
-    image, label, _ = samples[0]
+    spec = find_dataset(demo_data)
+    pairs = list_samples(spec, demo_data, "val")
+    samples = list(load_samples(EvaluationDataset(pairs, spec.labels), 2))
+    assert [sample.name for sample in samples] == [pair.image.stem for pair in pairs]
+    image, label, *_ = samples[0]
     assert image.shape == (3, 64, 128)
     assert label.shape == (64, 128)
     assert label.dtype == torch.uint8
 
 
 def test_equal_names_are_kept_apart(demo_data):
-    pair = pairs_of(find_source(demo_data), demo_data, "val")[0]
-    names = EvaluationDataset([pair, pair], find_source(demo_data).table).names
+    pair = list_samples(find_dataset(demo_data), demo_data, "val")[0]
+    names = EvaluationDataset([pair, pair], find_dataset(demo_data).labels).names
     assert names == [f"00000_{pair.image.stem}", f"00001_{pair.image.stem}"]

@@ -1,4 +1,4 @@
-// The four steps' CUDA kernels and their sequences of launches on the emulator: a library for
+// The steps' CUDA kernels and their sequences of launches on the emulator: a library for
 // test_cuda_kernels.py and, with -DSTANDALONE, a program for sanitizers.
 
 #define LIBS_EMULATED 1
@@ -26,44 +26,54 @@ void run(const char* name, const Division& d, Activation activation, const doubl
   // Exactly as large as promised, so that AddressSanitizer sees any access beyond.
   std::vector<W> scratch(scratch_size(d), static_cast<W>(NAN));
   const Parameter<W> phi{param, 1 / param};
+  const int count = d.shape.channels, parts = static_cast<int>(settings[2]);
+  const bool moves = std::strstr(name, "statistics") != nullptr && out[1] != nullptr;
+  const Running<W> running{moves ? result(1) : nullptr, moves ? result(2) : nullptr, static_cast<W>(0.1)};
+  const auto maps = [&](T* x, const void* grad, const void* y, T* dx, const void* shortcut, T* rectified) {
+    return Maps<T>{x, static_cast<const T*>(grad), static_cast<const T*>(y), dx, static_cast<const T*>(shortcut),
+                   rectified};
+  };
+  const auto writable = [&](int n) { return static_cast<T*>(out[n]); };
   if (is("statistics")) {
-    statistics(d, map(0), scratch.data(), result(0), result(1), start);
-  } else if (is("normalize_")) {
-    normalize(Step<T>{d,
-                      {static_cast<T*>(out[0]), nullptr, nullptr, nullptr},
-                      {vector(0), vector(1), vector(2), vector(3), nullptr, nullptr, eps},
-                      activation,
-                      phi},
+    statistics(d, map(0), scratch.data(), running, result(0), start);
+  } else if (is("merge_statistics")) {
+    merge_statistics(vector(0), parts, count, running, result(0), start);
+  } else if (is("normalize_") || is("normalize_relu_")) {
+    const bool relu = is("normalize_relu_");
+    const void* const shortcut = relu ? in[3] : nullptr;
+    normalize(Step<T>{d, maps(writable(0), nullptr, nullptr, nullptr, shortcut, relu ? writable(1) : nullptr),
+                      {vector(0), vector(1), vector(2), nullptr, eps, count, 0},
+                      relu ? (shortcut ? Activation::ADD_RELU : Activation::RELU) : activation, phi},
               start);
   } else if (is("sums")) {
-    sums(Step<T>{d,
-                 {nullptr, map(0), map(1), nullptr},
-                 {nullptr, nullptr, vector(2), vector(3), nullptr, nullptr, eps},
-                 activation,
-                 phi},
+    sums(Step<T>{d, maps(nullptr, in[0], in[1], nullptr, nullptr, nullptr),
+                 {nullptr, vector(2), vector(3), nullptr, eps, count, 0}, activation, phi},
+         scratch.data(), result(0), result(1), start);
+  } else if (is("sums_add_relu")) {
+    sums(Step<T>{d, maps(nullptr, in[0], in[1], writable(2), in[2], nullptr),
+                 {nullptr, vector(3), vector(4), nullptr, eps, count, 0}, Activation::ADD_RELU, phi},
          scratch.data(), result(0), result(1), start);
   } else {
     emulator::require(is("gradient"), "there is no such step");
-    gradient(Step<T>{d,
-                     {nullptr, map(0), map(1), static_cast<T*>(out[0])},
-                     {nullptr, vector(2), vector(3), vector(4), vector(5), vector(6), eps},
-                     activation,
-                     phi},
+    gradient(Step<T>{d, maps(nullptr, in[0], in[1], writable(0), nullptr, nullptr),
+                     {vector(2), vector(4), vector(5), vector(3), eps, count, parts}, activation, phi},
              start);
   }
 }
 
 }  // namespace
 
-// The inputs are those of the operator in libs/ops.py in their order, weight and bias possibly null; x of
-// normalize_ is out[0]. Sizes: outer, channels, inner, elements of a load, threads of a block, blocks.
-// Settings: eps, param.
+// The tensors that an operator in libs/ops.py takes, in their order, are the inputs, and what it returns are the
+// outputs, with these exceptions: x of normalize_ and normalize_relu_ is the first output, and running statistics
+// are the last two. Optional ones may be null. Sizes: outer, channels, inner, elements of a load, threads of a
+// block, blocks. Settings: eps, param, parts of the batch.
 extern "C" void abn_step(const char* name, const char* dtype, const char* activation, const int* sizes,
                          const double* settings, const void* const* in, void* const* out) {
   const auto is = [&](const char* other) { return std::strcmp(dtype, other) == 0; };
   const Division d = divide({sizes[0], sizes[1], sizes[2]}, sizes[3], sizes[4], sizes[5]);
   const Activation kind = activation[0] == 'l'   ? Activation::LEAKY_RELU
                           : activation[0] == 'e' ? Activation::ELU
+                          : activation[0] == 'r' ? Activation::RELU
                                                  : Activation::IDENTITY;
   (is("float64")   ? run<double>
    : is("float32") ? run<float>
@@ -85,7 +95,7 @@ int main(int argc, char** argv) {
   emulator::require(argc == 9, "eight arguments are needed");
   int sizes[6];
   for (int n = 0; n < 6; ++n) sizes[n] = std::atoi(argv[3 + n]);
-  const double settings[] = {1e-5, 0.01};
+  const double settings[] = {1e-5, 0.01, 2};
   const size_t channels = static_cast<size_t>(sizes[1]), elements = sizes[0] * channels * sizes[2];
   const bool half = std::strstr(argv[1], "16") != nullptr;
   const auto map = [&](float scale) {
@@ -99,16 +109,19 @@ int main(int argc, char** argv) {
     }
     return static_cast<void*>(bytes);
   };
-  void *x = map(2), *grad = map(1), *dx = map(0);
-  std::vector<float> mean(channels), var(channels), weight(channels, -0.5f), bias(channels, 0.1f), sum(channels),
-      product(channels);
+  void *x = map(2), *grad = map(1), *shortcut = map(1), *dx = map(0), *dz = map(0), *rectified = map(0);
+  std::vector<float> statistics(2 * channels + 1), parts(2 * statistics.size(), 1.0f), running(channels),
+      weight(channels, -0.5f), bias(channels, 0.1f), sums(4 * channels), dweight(channels);
   const auto step = [&](const char* name, std::initializer_list<const void*> in, std::initializer_list<void*> out) {
     abn_step(name, argv[1], argv[2], sizes, settings, in.begin(), out.begin());
   };
-  step("statistics", {x}, {mean.data(), var.data()});
-  step("normalize_", {mean.data(), var.data(), weight.data(), bias.data()}, {x});
-  step("sums", {grad, x, weight.data(), bias.data()}, {sum.data(), product.data()});
-  step("gradient", {grad, x, var.data(), weight.data(), bias.data(), sum.data(), product.data()}, {dx});
-  for (void* p : {x, grad, dx}) std::free(p);
+  step("statistics", {x}, {statistics.data(), running.data(), running.data()});
+  step("merge_statistics", {parts.data()}, {statistics.data(), nullptr, nullptr});
+  step("normalize_", {statistics.data(), weight.data(), bias.data()}, {x, nullptr});
+  step("normalize_relu_", {statistics.data(), weight.data(), bias.data(), shortcut}, {x, rectified});
+  step("sums", {grad, x, weight.data(), bias.data()}, {sums.data(), dweight.data()});
+  step("sums_add_relu", {grad, x, shortcut, weight.data(), bias.data()}, {sums.data(), dweight.data(), dz});
+  step("gradient", {grad, x, statistics.data(), sums.data(), weight.data(), bias.data()}, {dx, nullptr});
+  for (void* p : {x, grad, shortcut, dx, dz, rectified}) std::free(p);
 }
 #endif

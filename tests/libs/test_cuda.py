@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from libs import ABN, InPlaceABN, native
+from libs import ABN, InPlaceABN, norm_relu
+from libs.native import KERNELS
 
 pytestmark = [
     pytest.mark.cuda,
@@ -15,6 +16,15 @@ pytestmark = [
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 ACTIVATIONS = ["leaky_relu", "elu", "identity"]
 FORMATS = [torch.contiguous_format, torch.channels_last]
+STEPS = (
+    "statistics",
+    "merge_statistics",
+    "normalize_",
+    "normalize_relu_",
+    "sums",
+    "sums_add_relu",
+    "gradient",
+)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
@@ -48,8 +58,8 @@ def check_close(got, want, dtype):
 
 
 def test_kernels_serve():
-    assert native.problem() is None
-    for name in ("statistics", "normalize_", "sums", "gradient"):
+    assert KERNELS.why_unusable() is None
+    for name in STEPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"libs::{name}", "CUDA")
 
 
@@ -77,9 +87,28 @@ def test_equals_abn(memory_format, affine, training):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("with_shortcut", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_fused_relu_equals_the_cpu(memory_format, with_shortcut, dtype):
+    layer, x, grad = layers_and_maps(InPlaceABN, (2, 40, 17, 9), dtype, "identity", memory_format)
+    shortcut = x.flip(0).contiguous(memory_format=memory_format) if with_shortcut else None
+    results = []
+    for device in ("cuda", "cpu"):
+        module, leaf = copy.deepcopy(layer).to(device), x.to(device).requires_grad_()
+        added = None if shortcut is None else shortcut.to(device).requires_grad_()
+        _, out = norm_relu(module, leaf * 1, added)
+        out.backward(grad.to(device))
+        gradients = [leaf.grad, module.weight.grad, module.bias.grad]
+        results.append(
+            [out.detach(), *gradients, module.running_var, *([] if added is None else [added.grad])]
+        )
+    check_close(*results, dtype)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
 def test_variance_where_the_mean_is_large(memory_format):
     x = (torch.randn(8, 64, 97, 97, device="cuda") + 1000).contiguous(memory_format=memory_format)
-    _, var = torch.ops.libs.statistics(x)
+    var = torch.ops.libs.statistics(x, None, None, 0.0)[64:128]
     exact = x.double().var((0, 2, 3), correction=0)
     theirs = torch.var(x, (0, 2, 3), correction=0)
     error, allowed = (((v - exact) / exact).abs().max() for v in (var, theirs))
@@ -106,15 +135,14 @@ def test_in_a_cuda_graph(memory_format):
     layer, x, grad = layer.cuda(), x.cuda(), grad.cuda()
     settings = (layer.eps, layer.activation, layer.activation_param)
     weight, bias = layer.weight.detach(), layer.bias.detach()
-    count = x.numel() // x.shape[1]
 
     def run():
         y = x.clone()
-        mean, var = torch.ops.libs.statistics(y)
-        torch.ops.libs.normalize_(y, mean, var, weight, bias, *settings)
-        sums = torch.ops.libs.sums(grad, y, weight, bias, *settings)
-        means = [s / count for s in sums]
-        return y, *sums, torch.ops.libs.gradient(grad, y, var, weight, bias, *means, *settings)
+        statistics = torch.ops.libs.statistics(y, None, None, 0.0)
+        torch.ops.libs.normalize_(y, statistics, weight, bias, *settings)
+        sums, dweight = torch.ops.libs.sums(grad, y, weight, bias, *settings)
+        dx = torch.ops.libs.gradient(grad, y, statistics, sums, weight, bias, *settings)
+        return y, sums, dweight, dx
 
     run()  # loads the kernels
     graph = torch.cuda.CUDAGraph()
@@ -129,12 +157,12 @@ def test_in_a_cuda_graph(memory_format):
     ("strides", "channels", "activation", "message"),
     [
         ((60, 20, 1, 4), 3, "elu", "contiguous or channels-last"),
-        ((60, 20, 5, 1), 4, "elu", "one float a channel"),
+        ((60, 20, 5, 1), 4, "elu", "one number a channel"),
         ((60, 20, 5, 1), 3, "gelu", "got gelu"),
     ],
 )
 def test_last_line_checks(strides, channels, activation, message):
     x = torch.zeros(120, device="cuda").as_strided((2, 3, 4, 5), strides)
-    ones, weight = torch.ones(3, device="cuda"), torch.ones(channels, device="cuda")
+    ones, weight = torch.ones(7, device="cuda"), torch.ones(channels, device="cuda")
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.libs.normalize_(x, ones, ones, weight, None, 1e-5, activation, 1.0)
+        torch.ops.libs.normalize_(x, ones, weight, None, 1e-5, activation, 1.0)

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "libs" / "csrc" / "cuda"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 ACTIVATIONS = ["leaky_relu", "elu", "identity"]
-EPS, PARAM = 1e-5, 0.01
+EPS, PARAM, PARTS = 1e-5, 0.01, 3
 # (B,C,…), whether channels-last, threads of a block, blocks: what the launcher divides among 256 and 1024.
 SMALL = [
     ((2, 16, 7, 5), True, 64, 3),  # several parts, the last one shorter
@@ -56,7 +56,7 @@ def call(emulated, case, name, activation, x, given, results):
         str(x.dtype).removeprefix("torch.").encode(),
         activation.encode(),
         (ctypes.c_int * 6)(*sizes),
-        (ctypes.c_double * 2)(EPS, PARAM),
+        (ctypes.c_double * 3)(EPS, PARAM, PARTS),
         pointers(given),
         pointers(results),
     )
@@ -79,9 +79,12 @@ def inputs(case, dtype, activation="identity", affine=True):
     z = 4 * torch.rand(*shape, generator=generator, dtype=torch.float64) - 2
     y = activate(z, activation, PARAM)
     maps = [laid_out(t.to(dtype), channels_last) for t in (3 * drawn(*shape) + 1, drawn(*shape), y)]
-    names = ("mean", "var", "weight", "bias", "mean_dz", "mean_dz_xhat")
-    vectors = {n: drawn(shape[1]).to(torch.promote_types(dtype, torch.float32)) for n in names}
-    vectors["var"].abs_()
+    wide, channels = torch.promote_types(dtype, torch.float32), shape[1]
+    vectors = {n: drawn(channels).to(wide) for n in ("weight", "bias", "running_mean", "running_var")}
+    count = torch.full((1,), 7.0, dtype=torch.float64)
+    vectors["statistics"] = torch.cat((drawn(channels), drawn(channels).abs(), count)).to(wide)
+    vectors["sums"] = drawn(PARTS, 2 * channels).to(wide)
+    vectors["parts"] = drawn(PARTS, 2 * channels + 1).abs().add(2).to(wide)
     if not affine:
         vectors |= {"weight": None, "bias": None}
     return *maps, vectors
@@ -98,41 +101,95 @@ def check(got, theirs, exact, terms=None):
     assert error <= allowed + 16 * torch.finfo(wide).eps * (exact if terms is None else terms).abs().max()
 
 
-def empty_vectors(x):
+def empty_vectors(x, *sizes):
     wide = torch.promote_types(x.dtype, torch.float32)
-    return [torch.full((x.shape[1],), torch.nan, dtype=wide) for _ in range(2)]
+    return [torch.full((size,), torch.nan, dtype=wide) for size in sizes]
+
+
+def empty_map(x):
+    return torch.full_like(x, torch.nan)
 
 
 def double(*tensors):
-    return [None if t is None else t.double() for t in tensors]
+    return [None if t is None else t.clone().double() for t in tensors]
+
+
+def check_statistics(emulated, case, x, v):
+    """Of a batch and of several parts, and what they make of the running statistics."""
+    for name, given, terms in (("statistics", x, x.double().abs()), ("merge_statistics", v["parts"], None)):
+        operator = getattr(ops, name)
+        running = [v["running_mean"], v["running_var"]]
+        mine, theirs, exact = (
+            double(*running) if wide else [t.clone() for t in running] for wide in (0, 0, 1)
+        )
+        (got,) = call(
+            emulated, case, name, "identity", x, [given], [*empty_vectors(x, 2 * x.shape[1] + 1), *mine]
+        )[:1]
+        results = operator(given, *theirs, 0.1), operator(given.double(), *exact, 0.1)
+        for part in got.tensor_split((x.shape[1], 2 * x.shape[1])):
+            begin = part.storage_offset() - got.storage_offset()
+            check(part, *(result[begin : begin + len(part)] for result in results), terms)
+        for moved, other, want in zip(mine, theirs, exact, strict=True):
+            check(moved, other, want, terms)
+        (untouched,) = call(emulated, case, name, "identity", x, [given], [got.clone(), None, None])[:1]
+        assert torch.equal(untouched, got)
+
+
+def check_relu(emulated, case, x, grad, z, shortcut, v):
+    """Behind the layer: relu(z) and relu(z + shortcut) and their backward passes."""
+    statistics, *affine = (v[name] for name in ("statistics", "weight", "bias"))
+    for added in (None, shortcut):
+        mine, theirs, (exact,) = x.clone(), x.clone(), double(x)
+        got = call(
+            emulated, case, "normalize_relu_", "", x, [statistics, *affine, added], [mine, empty_map(x)]
+        )
+        want = ops.normalize_relu_(theirs, statistics, *affine, added, EPS)
+        more_exact = ops.normalize_relu_(exact, *double(statistics, *affine, added), EPS)
+        check(got[1], want, more_exact)
+        check(mine, theirs, exact)
+        plain = call(emulated, case, "normalize_", "identity", x, [statistics, *affine], [x.clone(), None])
+        assert torch.equal(mine, plain[0])
+        total = mine if added is None else mine + added
+        assert torch.equal(got[1], total.relu())
+
+    channels = x.shape[1]
+    results = [*empty_vectors(x, 2 * channels, channels), empty_map(x)]
+    sums, dweight, dz = call(emulated, case, "sums_add_relu", "", x, [grad, z, shortcut, *affine], results)
+    assert torch.equal(dz, grad * (z + shortcut > 0))
+    given = [dz, z, *affine]
+    again = call(emulated, case, "sums", "identity", x, given, empty_vectors(x, 2 * channels, channels))
+    terms = ops.sums(*double(grad.abs(), z), None, None, EPS, "identity", 0.0)[0]
+    exact = ops.sums(*double(*given), EPS, "identity", 0.0)
+    for got, same, want in zip((sums, dweight), again, exact, strict=True):
+        check(got, same, want, terms.max() + want.abs())
 
 
 def check_all_steps(emulated, case, dtype, activation, affine):
     x, grad, y, v = inputs(case, dtype, activation, affine)
-    settings = (EPS, activation, PARAM)
+    settings, channels = (EPS, activation, PARAM), x.shape[1]
+    check_statistics(emulated, case, x, v)
+    check_relu(emulated, case, x, grad, y, laid_out(x.flip(0), case[1]), v)
 
-    got = call(emulated, case, "statistics", activation, x, [x], empty_vectors(x))
-    theirs, exact = ops.statistics(x), ops.statistics(x.double())
-    for ours, other, want, terms in zip(got, theirs, exact, (x.double().abs(), None), strict=True):
-        check(ours, other, want, terms)
-
-    given = [v["mean"], v["var"], v["weight"], v["bias"]]
-    out, theirs, exact = x.clone(), x.clone(), x.double()
-    call(emulated, case, "normalize_", activation, x, given, [out])
+    given = [v["statistics"], v["weight"], v["bias"]]
+    out, theirs, (exact,) = x.clone(), x.clone(), double(x)
+    call(emulated, case, "normalize_", activation, x, given, [out, None])
     ops.normalize_(theirs, *given, *settings)
     ops.normalize_(exact, *double(*given), *settings)
     check(out, theirs, exact)
 
-    given = [grad, y, v["weight"], v["bias"]]
-    got = call(emulated, case, "sums", activation, x, given, empty_vectors(x))
-    theirs, exact = ops.sums(*given, *settings), ops.sums(*double(*given), *settings)
-    terms = ops.sums(*double(grad.abs(), y), None, None, *settings)[0]
-    for ours, other, want in zip(got, theirs, exact, strict=True):
-        check(ours, other, want, terms)
+    for phi in (activation, "relu"):
+        settings = (EPS, phi, PARAM)
+        given = [grad, y, v["weight"], v["bias"]]
+        got = call(emulated, case, "sums", phi, x, given, empty_vectors(x, 2 * channels, channels))
+        theirs, exact = ops.sums(*given, *settings), ops.sums(*double(*given), *settings)
+        terms = ops.sums(*double(grad.abs(), y), None, None, *settings)[0]
+        for ours, other, want in zip(got, theirs, exact, strict=True):
+            check(ours, other, want, terms.max() + want.abs())
 
-    given = [grad, y, v["var"], v["weight"], v["bias"], v["mean_dz"], v["mean_dz_xhat"]]
-    (dx,) = call(emulated, case, "gradient", activation, x, given, [torch.full_like(y, torch.nan)])
-    check(dx, ops.gradient(*given, *settings), ops.gradient(*double(*given), *settings))
+        for sums in (v["sums"], None):  # of several parts; none in inference
+            given = [grad, y, v["statistics"], sums, v["weight"], v["bias"]]
+            (dx, _) = call(emulated, case, "gradient", phi, x, given, [empty_map(y), None])
+            check(dx, ops.gradient(*given, *settings), ops.gradient(*double(*given), *settings))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -169,10 +226,10 @@ def test_memory_that_begins_anywhere(emulated, channels_last):
         memory = t.new_zeros(t.numel() + 1)
         shifted.append(memory[1:].as_strided(t.shape, t.stride()))
         shifted[-1].copy_(t)
-    vectors = [v[n] for n in ("var", "weight", "bias", "mean_dz", "mean_dz_xhat")]
-    (expected,) = call(emulated, case, "gradient", "identity", x, [grad, y, *vectors], [torch.empty_like(y)])
-    (got,) = call(emulated, case, "gradient", "identity", x, [*shifted, *vectors], [torch.empty_like(y)])
-    assert torch.equal(got, expected)
+    vectors = [v[n] for n in ("statistics", "sums", "weight", "bias")]
+    aligned = call(emulated, case, "gradient", "identity", x, [grad, y, *vectors], [empty_map(y), None])
+    anywhere = call(emulated, case, "gradient", "identity", x, [*shifted, *vectors], [empty_map(y), None])
+    assert torch.equal(anywhere[0], aligned[0])
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -187,21 +244,20 @@ def test_variance_where_the_mean_is_large(emulated, channels_last, outlier, boun
     if outlier is not None:
         x[0, :, 0, :32] = outlier
     x = laid_out(x, channels_last)
-    got = call(emulated, case, "statistics", "identity", x, [x], empty_vectors(x))
-    exact = ops.statistics(x.double())
-    for ours, want in zip(got, exact, strict=True):
-        assert ((ours.double() - want) / want).abs().max() <= bound
+    got = call(emulated, case, "statistics", "identity", x, [x], [*empty_vectors(x, 9), None, None])[0]
+    exact = ops.statistics(x.double(), None, None, 0.0)
+    assert ((got.double() - exact) / exact).abs().max() <= bound
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_values_that_elu_has_made_flat(emulated, dtype):
     """There z is not known, but finite: the gradient is what PyTorch's function makes of it."""
     case = ((1, 8, 2, 4), True, 32, 1)
     x, grad, y, v = inputs(case, dtype, "elu")
     y[:, :, 0] = -PARAM
     settings = (EPS, "elu", PARAM)
-    given = [grad, y, v["var"], v["weight"], v["bias"], v["mean_dz"], v["mean_dz_xhat"]]
-    (dx,) = call(emulated, case, "gradient", "elu", x, given, [torch.empty_like(y)])
+    given = [grad, y, v["statistics"], v["sums"], v["weight"], v["bias"]]
+    dx = call(emulated, case, "gradient", "elu", x, given, [torch.empty_like(y), None])[0]
     assert dx.isfinite().all()
     torch.testing.assert_close(dx, ops.gradient(*given, *settings))
 
@@ -212,11 +268,10 @@ def test_rounding_of_half_types(emulated, dtype):
     case = ((1, 2, 8, 8), False, 32, 1)
     ulp = torch.finfo(dtype).eps  # of what is between 1 and 2
     x = (1 + ulp * torch.arange(128).view(1, 2, 8, 8) % 1).to(dtype)
-    var = torch.full((2,), 1 - EPS)
-    mean = torch.tensor([-ulp / 2, torch.nan])
-    mean.view(torch.int32)[1] = 0x7FFFFFFF
-    assert (var + torch.tensor(EPS)).equal(torch.ones(2))  # a factor of exactly 1
-    (out,) = call(emulated, case, "normalize_", "identity", x, [mean, var, None, None], [x.clone()])
+    statistics = torch.tensor([-ulp / 2, torch.nan, 1 - EPS, 1 - EPS])
+    statistics.view(torch.int32)[1] = 0x7FFFFFFF
+    assert (statistics[2:] + torch.tensor(EPS)).equal(torch.ones(2))  # a factor of exactly 1
+    out = call(emulated, case, "normalize_", "identity", x, [statistics, None, None], [x.clone(), None])[0]
     assert torch.equal(out[:, 0], (x[:, 0].float() + ulp / 2).to(dtype))
     assert out[:, 1].isnan().all()
 
@@ -225,12 +280,15 @@ def test_not_a_number_stays_one(emulated):
     case = ((1, 8, 2, 4), False, 32, 1)
     x, *_, v = inputs(case, torch.bfloat16)
     x[0, 3, 1, 1] = torch.nan
-    given = [v["mean"], v["var"], v["weight"], v["bias"]]
-    (out,) = call(emulated, case, "normalize_", "elu", x, given, [x.clone()])
+    given = [v["statistics"], v["weight"], v["bias"]]
+    out = call(emulated, case, "normalize_", "elu", x, given, [x.clone(), None])[0]
     assert torch.equal(out.isnan(), x.isnan())
-    mean, var = call(emulated, case, "statistics", "elu", x, [x], empty_vectors(x))
-    expected = torch.arange(8) == 3
-    assert torch.equal(mean.isnan(), expected) and torch.equal(var.isnan(), expected)
+    for shortcut in (None, torch.zeros_like(x)):
+        given = [v["statistics"], v["weight"], v["bias"], shortcut]
+        out = call(emulated, case, "normalize_relu_", "", x, given, [x.clone(), empty_map(x)])[1]
+        assert torch.equal(out.isnan(), x.isnan())
+    statistics = call(emulated, case, "statistics", "elu", x, [x], [*empty_vectors(x, 17), None, None])[0]
+    assert statistics.isnan().nonzero().flatten().tolist() == [3, 11]
 
 
 @pytest.mark.parametrize(
@@ -276,12 +334,13 @@ template __global__ void sums_kernel<{A}, {T}, {V}>(Division, Maps<{T}>, Channel
 template __global__ void gradient_kernel<{A}, {T}, {V}>(Division, Maps<{T}>, Channels<{W}>, Parameter<{W}>);
 """
 JOIN = """
-template __global__ void join_statistics_kernel<{W}>(Division, const {W}*, {W}*, {W}*);
+template __global__ void join_statistics_kernel<{W}>(Division, const {W}*, Running<{W}>, {W}*);
+template __global__ void merge_statistics_kernel<{W}>(const {W}*, int, int, Running<{W}>, {W}*);
 template __global__ void join_sums_kernel<{W}>(Division, const {W}*, Channels<{W}>, {W}*, {W}*);
 """
 for kind, wide, elements, phi in [
     ("double", "double", 2, "ELU"),
-    ("float", "float", 4, "ELU"),
+    ("float", "float", 4, "ADD_RELU"),
     ("Half", "float", 8, "LEAKY_RELU"),
     ("BFloat16", "float", 8, "IDENTITY"),
 ]:

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from libs import ABN, InPlaceABN, InPlaceABNSync
-from libs.synchronized import Processes, Rendezvous
+from libs import ABN, InPlaceABN, InPlaceABNSync, norm_relu
+from libs.ops import implementation
+from libs.synchronized import Processes, Rendezvous, own_group
+from tests.libs.launches import launches
 
 ACTIVATIONS = ("leaky_relu", "elu", "identity")
 PARTS = {2: (2, 1), 3: (1, 3, 2)}  # unequal parts of the batch
@@ -29,10 +31,10 @@ def same(got, want):
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-def train_step(layer, x, grad):
-    """Output, gradients and running statistics after one step."""
+def train_step(layer, x, grad, call=None):
+    """Output, gradients and running statistics after one step; ``call`` computes with the layer."""
     x = x.clone().requires_grad_()
-    out = layer(x * 1)
+    out = (call or layer)(x * 1)
     out.backward(grad)
     return {
         "out": out.detach(),
@@ -47,6 +49,18 @@ def train_step(layer, x, grad):
 # Processes
 
 
+def launches_of(layer, x, grad):
+    """What a layer launches forward and backward after its first exchange, which compares channels."""
+    results = []
+    for _ in range(2):
+        leaf = x.clone().requires_grad_()
+        copied, outs = leaf.clone(), []
+        forward = launches(lambda c=copied, o=outs: o.append(layer(c)))
+        leaves = [leaf, *layer.parameters()]
+        results = [forward, launches(lambda o=outs, ls=leaves: torch.autograd.grad(o[0], ls, grad))]
+    return results
+
+
 def run_rank(rank, folder, world):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     parts = torch.load(folder / "parts.pt")[rank]
@@ -57,20 +71,26 @@ def run_rank(rank, folder, world):
         InPlaceABNSync, process_group=ends if rank in (0, world - 1) else dist.GroupMember.NON_GROUP_MEMBER
     )
     results["group"] = train_step(copy.deepcopy(layer), *parts)
+    layer = make(InPlaceABNSync, "identity")
+    results["relu"] = train_step(layer, *parts, lambda x: norm_relu(layer, x, 0.5 * x)[1])
+    results["launches"] = launches_of(make(InPlaceABNSync), *parts)
+    assert own_group() is not dist.group.WORLD  # gradients are not in its queue
 
-    for name, layer, x in (
+    for name, layer_of_error, x in (
         ("channels", InPlaceABNSync(CHANNELS + rank), torch.randn(2, CHANNELS + rank, 3)),
         ("empty", InPlaceABNSync(CHANNELS), torch.randn(0, CHANNELS, 3)),
     ):
         with pytest.raises(ValueError, match="InPlaceABNSync") as error:
-            layer(x)
+            layer_of_error(x)
         results[name] = str(error.value)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def check_against_joined(results, activation, parts):
-    want = train_step(make(ABN, activation), *(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+def check_against_joined(results, activation, parts, call=None):
+    layer = make(ABN, activation)
+    joined = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    want = train_step(layer, *joined, call and (lambda x: call(layer, x)))
     for name in ("out", "dx"):
         same(torch.cat([result[name] for result in results]), want[name])
     for name in ("dweight", "dbias"):
@@ -93,6 +113,14 @@ def test_processes(tmp_path, world):
     check_against_joined([ranks[i]["group"] for i in members], "leaky_relu", [parts[i] for i in members])
     for outsider in set(range(world)) - set(members):
         check_against_joined([ranks[outsider]["group"]], "leaky_relu", [parts[outsider]])
+    relu = [rank["relu"] for rank in ranks]
+    check_against_joined(relu, "identity", parts, lambda layer, x: nn.functional.relu(layer(x) + 0.5 * x))
+    for forward, backward in (rank["launches"] for rank in ranks):
+        assert len([name for name in forward if "allgather" in name]) == 1, forward
+        assert len([name for name in backward if "allgather" in name]) == 1, backward
+        if implementation("cpu").startswith("C++"):
+            assert len(forward) <= 8, forward
+            assert len(backward) <= 6, backward
     counts = ", ".join(str(CHANNELS + rank) for rank in range(world))
     for rank, result in enumerate(ranks):
         assert f"this one has {CHANNELS + rank}" in result["channels"]
@@ -192,8 +220,8 @@ def test_replicas_do_not_hinder_copies(replicate):
     network = network_of(InPlaceABNSync)
     kept = replicate(network, 2)
     for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
-        assert other[1].participants() is None
-    assert kept[0][1].participants().size == 2
+        assert other[1].sync_group() is None
+    assert kept[0][1].sync_group().size == 2
 
 
 class Fails(nn.Module):
@@ -264,7 +292,7 @@ def test_a_layers_own_error_stops_the_others(replicate):
     first, second = forward_in_threads(replicate(InPlaceABNSync(CHANNELS), 2), xs)
     assert isinstance(second, ValueError)
     assert isinstance(first, RuntimeError)
-    assert "ValueError: InPlaceABNSync wants (B,4,…)" in str(first)
+    assert "ValueError: InPlaceABNSync needs (B,4,…)" in str(first)
 
 
 def test_replicas_at_different_layers(replicate):

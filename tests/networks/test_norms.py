@@ -10,7 +10,7 @@ import libs
 from benchmarks.attention import levels
 from libs import ABN
 from networks import build_model, fold_norms
-from networks.resnet import BasicBlock, conv_of_relu, two_blocks
+from networks.resnet import BasicBlock, relu_conv, run_block_pair
 
 
 def lively(model):
@@ -69,7 +69,7 @@ def test_convolution_of_relu_holds_its_input_only(stride):
     x.requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        out = conv_of_relu(conv, x)
+        out = relu_conv(conv, x)
     assert {t.data_ptr() for t in saved} <= {x.data_ptr(), conv.weight.data_ptr()}
     torch.testing.assert_close(out, conv(x.relu()))
     wanted = (x, conv.weight, conv.bias)
@@ -79,13 +79,13 @@ def test_convolution_of_relu_holds_its_input_only(stride):
         torch.testing.assert_close(got, want)
 
 
-def test_two_blocks_are_one_after_the_other():
+def test_a_block_pair_is_one_after_the_other():
     torch.manual_seed(0)
     first, second = (BasicBlock(6, 6, lambda channels: ABN(channels, activation="identity")) for _ in "12")
     blocks = nn.ModuleList([first, second]).double()
     x = torch.randn(2, 6, 5, 7, dtype=torch.float64, requires_grad=True)
     wanted = (x, *blocks.parameters())
-    outs = two_blocks(first, second, x), second(first(x))
+    outs = run_block_pair(first, second, x), second(first(x))
     torch.testing.assert_close(*outs)
     for got, want in zip(*(torch.autograd.grad(out.square().sum(), wanted) for out in outs), strict=True):
         torch.testing.assert_close(got, want)

@@ -1,10 +1,14 @@
-"""Activations that are computed twice instead of being held."""
+"""Activation checkpointing: less memory, the same numbers."""
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from benchmarks.attention import levels
+from libs import ABN
 from networks import build_model
+from networks.resnet import BasicBlock, Stage
 
 
 @pytest.mark.parametrize("norm", ["abn", "inplace_abn"])
@@ -36,3 +40,39 @@ def test_nothing_is_special_in_inference():
     plain.load_state_dict(model.state_dict())
     images = torch.randn(1, 3, 33, 41)
     assert torch.equal(model(images)["out"], plain(images)["out"])
+
+
+class Noisy(BasicBlock):
+    def branch(self, x):
+        return F.dropout2d(super().branch(x), 0.5)
+
+
+def test_dropout_in_a_recomputed_stage_draws_one_mask():
+    """The gradient of sum(x) is 1 wherever the drawn mask let it pass; of another mask it would differ."""
+    stage = Stage(*(Noisy(6, 6, lambda channels: ABN(channels, activation="identity")) for _ in range(3)))
+    stage.double().train()
+    x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    results = []
+    for stage.checkpoint_activations in (False, True):
+        torch.manual_seed(0)
+        x.requires_grad_().grad = None
+        out = stage(x)
+        drawn_after = torch.rand(3)  # before the backward pass, which must not disturb the generator either
+        out.square().sum().backward()
+        results.append((out, x.grad, drawn_after, torch.rand(3)))
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
+
+
+def test_plain_batch_norm_in_a_recomputed_stage_updates_its_statistics_once():
+    buffers = []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        stage = Stage(*(BasicBlock(4, 4, nn.BatchNorm2d) for _ in range(2))).train()
+        stage.checkpoint_activations = recomputed
+        stage(torch.randn(2, 4, 5, 7)).sum().backward()
+        buffers.append(list(stage.buffers()))
+        norms = [layer for layer in stage.modules() if isinstance(layer, nn.BatchNorm2d)]
+        assert {(layer.momentum, int(layer.num_batches_tracked)) for layer in norms} == {(0.1, 1)}
+    for plain, twice in zip(*buffers, strict=True):
+        assert torch.equal(plain, twice)

@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch.utils.tensorboard", "torch.distributed", __name__, "networks", "dataset"]
+    ["torch.utils.tensorboard", "torch.distributed", __name__, "networks", "dataset", "training.command"]
 )
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from networks import build_model
 from tests.samples import write_pair
 from tests.scripts.conftest import ROOT, SMALL
-from utils.snapshots import Snapshots
+from training.snapshots import Snapshots
 
 
 class Unpickled:
@@ -39,8 +39,6 @@ def one_line(result, script, status):
         (("--recurrence", "-2"), "--recurrence: expected a whole number at least 0"),
         (("--ignore-label", "300"), "--ignore-label: expected a whole number at least 0 and at most 255"),
         (("--num-classes", "300"), "--num-classes: expected a whole number at least 1 and at most 255"),
-        (("--dataset", "pascal"), "--dataset: invalid choice: 'pascal'"),
-        (("--dataset", "list"), "--dataset list needs --data-list and --num-classes"),
         (("--gpu", "7"), "--gpu 7: there is no GPU 7, 0 visible"),
         (("--colour", "blue"), "unrecognized arguments: --colour blue"),
     ],
@@ -50,6 +48,27 @@ def test_usage(call, script, arguments, message, demo_data, monkeypatch):
     needed = ("--restore-from", "x.pth") if script == "evaluate.py" else ()
     result = call(script, "--data-dir", demo_data, *needed, *arguments)
     assert message in one_line(result, script, 2)
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pascal", "--dataset pascal: known are cityscapes, camvid, ade20k, lip, list"),
+        ("list", "--dataset list needs --data-list"),
+    ],
+)
+def test_usage_of_data(call, script, name, message, demo_data, trained):
+    """An unknown data set, or one that needs more to be said, is a mistake of the command line."""
+    needed = ("--restore-from", trained) if script == "evaluate.py" else ()
+    result = call(script, "--data-dir", demo_data, *needed, "--gpu", "cpu", "--dataset", name)
+    assert message in one_line(result, script, 2)
+
+
+def test_a_list_needs_its_number_of_classes(call, list_data):
+    options = ("--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst")
+    result = call("train.py", *options, "--gpu", "cpu")
+    assert "needs --data-list and --num-classes" in one_line(result, "train.py", 2)
 
 
 @pytest.mark.parametrize(
@@ -66,16 +85,23 @@ def test_usage(call, script, arguments, message, demo_data, monkeypatch):
         (("--ohem-thres", "2"), "--ohem-thres: expected a number at least 0 and at most 1"),
         (("--ohem", "perhaps"), "--ohem: expected true or false, got 'perhaps'"),
         (("--save-pred-every", "0"), "--save-pred-every: expected a whole number at least 1"),
-        (("--not-restore-last",), "--not-restore-last goes with --restore-from"),
-        (("--val-list", "val.lst"), "--val-list and --val-split go with --val-every"),
-        (("--gpu", "0,1", "--compile"), "--compile does not go with --gpu 0,1; use torchrun"),
-        (("--checkpoint-activations", "--compile"), "--checkpoint-activations does not go with --compile"),
-        (("--gpu", "0,1,2"), "--batch-size 8 cannot be split over 3 GPUs"),
+        (("--not-restore-last",), "--not-restore-last needs --restore-from"),
+        (("--val-list", "val.lst"), "--val-list and --val-split need --val-every"),
+        (("--gpu", "0,1", "--compile"), "--compile does not work with --gpu 0,1; use torchrun"),
+        (("--checkpoint-activations", "--compile"), "--checkpoint-activations does not work with --compile"),
         (("--amp", "fp8"), "--amp: invalid choice: 'fp8'"),
     ],
 )
 def test_usage_of_training(call, arguments, message, demo_data):
     assert message in one_line(call("train.py", "--data-dir", demo_data, *arguments), "train.py", 2)
+
+
+def test_a_batch_that_does_not_fit_the_gpus(call, demo_data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    result = call("train.py", "--data-dir", demo_data, "--gpu", "0,1,2")
+    assert "--batch-size 8 cannot be split over 3 GPUs" in one_line(result, "train.py", 2)
 
 
 def test_scales(call, demo_data):
@@ -85,7 +111,7 @@ def test_scales(call, demo_data):
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
 @pytest.mark.parametrize("fault", ["missing", "empty", "other layout", "list line", "list image"])
-def test_data(call, script, fault, tmp_path):
+def test_data(call, script, fault, tmp_path, trained):
     data, more = tmp_path / "data", ()
     if fault != "missing":
         data.mkdir()
@@ -95,7 +121,7 @@ def test_data(call, script, fault, tmp_path):
         line = write_pair(data, "a")
         (data / "x.lst").write_text(line + ("a b c\n" if fault == "list line" else "no.png no.png\n"))
         more = ("--dataset", "list", "--data-list", data / "x.lst", "--num-classes", "3")
-    needed = ("--restore-from", "x.pth") if script == "evaluate.py" else ()
+    needed = ("--restore-from", trained) if script == "evaluate.py" else ()
     result = call(script, "--data-dir", data, *needed, "--gpu", "cpu", *more)
     message = {
         "missing": "data: no such data folder",
@@ -155,7 +181,7 @@ def test_resuming_from_what_is_no_checkpoint_of_a_run(call, demo_data, tmp_path)
     torch.save(build_model(backbone="resnet18").state_dict(), tmp_path / "plain.pth")
     resume = ("--resume", tmp_path / "plain.pth")
     result = call("train.py", "--data-dir", demo_data, "--snapshot-dir", tmp_path / "run", *SMALL, *resume)
-    message = "plain.pth: cannot be resumed, it lacks model, optimizer, random_states, settings, step"
+    message = "plain.pth: cannot be resumed, it lacks model, optimizer, random_states, step"
     assert message in one_line(result, "train.py", 1)
 
 
@@ -196,9 +222,10 @@ def test_a_step_that_needs_more_memory_than_there_is(call, demo_data, tmp_path, 
     def full(self, *inputs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr("networks.ccnet.CCNet.forward", full)
+    monkeypatch.setattr("networks.Segmenter.forward", full)
     result = call("train.py", "--data-dir", demo_data, "--snapshot-dir", tmp_path / "run", *SMALL)
-    assert "step 1: out of memory; lower --batch-size or" in one_line(result, "train.py", 1)
+    line = one_line(result, "train.py", 1)
+    assert line.startswith("train.py: error: step 1: out of memory; lower --batch-size or --input-size")
 
 
 def test_two_runs_in_one_folder(call, demo_data, tmp_path):

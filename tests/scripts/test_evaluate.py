@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import find_source, pairs_of
+from dataset import find_dataset, list_samples
 from networks import build_model
 from tests.scripts.conftest import SMALL
 from utils.checkpoint import load_checkpoint
@@ -35,14 +35,14 @@ def test_scores_are_those_of_the_benchmarks_own_scripts(call, demo_data, tmp_pat
     scripts = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
     torch.manual_seed(0)
     model = build_model(backbone="resnet18")
-    model.head.bottleneck[3].weight.data.normal_()  # predicts a bit of everything
+    model.head.classifier.weight.data.normal_()  # predicts a bit of everything
     torch.save(model.state_dict(), tmp_path / "plain.pth")
     result = call(
         "evaluate.py", "--data-dir", demo_data, "--restore-from", tmp_path / "plain.pth", "--save",
         "--backbone", "resnet18", "--input-size", "49,57", "--output-dir", tmp_path, *QUIET,
     )  # fmt: skip
     assert result.status == 0, result.error
-    pairs = pairs_of(find_source(demo_data), demo_data, "val")
+    pairs = list_samples(find_dataset(demo_data), demo_data, "val")
     predictions = [str(tmp_path / "ids" / f"{pair.image.stem}.png") for pair in pairs]
     scripts.args.evalInstLevelScore = scripts.args.JSONOutput = False
     scripts.args.quiet = True
@@ -66,13 +66,13 @@ def test_table_and_files(evaluated, demo_data, trained):
     assert (settings["backbone"], settings["recurrence"], settings["step"]) == ("resnet18", 2, 2)
     assert settings["checkpoint"] == str(trained)
     counted = sum(map(sum, metrics["confusion_matrix"]))
-    labels = [find_source(demo_data).table.encode(np.array(Image.open(pair.label))) for pair in
-              pairs_of(find_source(demo_data), demo_data, "val")]  # fmt: skip
+    labels = [find_dataset(demo_data).labels.encode(np.array(Image.open(pair.label))) for pair in
+              list_samples(find_dataset(demo_data), demo_data, "val")]  # fmt: skip
     assert counted == sum((label != 255).sum() for label in labels)
 
     for name in (path.name for path in (folder / "ids").iterdir()):
         ids, colour = (np.array(Image.open(folder / kind / name)) for kind in ("ids", "colour"))
-        table = find_source(demo_data).table
+        table = find_dataset(demo_data).labels
         assert (table.colour(table.encode(ids)) == colour).all()
         panel = np.array(Image.open(folder / "panels" / name))
         assert panel.shape == (64, 3 * 128 + 2 * 2, 3)
@@ -100,8 +100,8 @@ def test_a_plain_state_dict_with_another_r(call, demo_data, tmp_path):
 
 
 def test_images_without_labels_are_predicted_not_scored(call, demo_data, trained, tmp_path):
-    source = find_source(demo_data)
-    images = [pair.image.relative_to(demo_data) for pair in pairs_of(source, demo_data, "val")]
+    spec = find_dataset(demo_data)
+    images = [pair.image.relative_to(demo_data) for pair in list_samples(spec, demo_data, "val")]
     (tmp_path / "test.lst").write_text("".join(f"{image}\n" for image in images))
     arguments = ("--data-dir", demo_data, "--data-list", tmp_path / "test.lst", "--restore-from", trained,
                  "--whole", "--output-dir", tmp_path / "out", *QUIET)  # fmt: skip
@@ -117,7 +117,7 @@ def test_images_without_labels_are_predicted_not_scored(call, demo_data, trained
 
 def test_metrics_of_an_earlier_evaluation_do_not_outlive_it(call, demo_data, trained, tmp_path):
     (tmp_path / "metrics.json").write_text("{}")
-    image, label = pairs_of(find_source(demo_data), demo_data, "val")[0]
+    image, label = list_samples(find_dataset(demo_data), demo_data, "val")[0]
     (tmp_path / "x.lst").write_text(f"{image}\n")
     arguments = (
         "--data-dir",
@@ -138,13 +138,37 @@ def test_metrics_of_an_earlier_evaluation_do_not_outlive_it(call, demo_data, tra
 
 
 @pytest.mark.parametrize(
-    "settings", [None, [], {"backbone": "resnet34"}, {"recurrence": "2"}, {"input_size": (0, 0)}]
+    ("change", "reason"),
+    [
+        ({"network": None}, "NoneType"),
+        ({"network": []}, "list"),
+        ({"network": {"backbone": "resnet34"}}, "'resnet34'"),
+        ({"network": {"recurrence": "2"}}, "recurrence must be a whole number; got '2'"),
+        ({"network": {"depth": 18}}, "depth"),
+        ({"recipe": None}, "not named values"),
+        ({"recipe": {"input_size": (0, 0)}}, "input_size"),
+        # As it was called before there were recipes.
+        ({"settings": None}, "not named values"),
+        ({"settings": []}, "not named values"),
+        ({"settings": {"backbone": "resnet34"}}, "'resnet34'"),
+        ({"settings": {"recurrence": "2"}}, "recurrence must be a whole number; got '2'"),
+        ({"settings": {"backbone": "resnet18", "input_size": (0, 0)}}, "input_size"),
+    ],
+    ids=str,
 )
-def test_settings_that_make_no_network(call, demo_data, trained, tmp_path, settings):
-    torch.save(load_checkpoint(trained) | {"settings": settings}, tmp_path / "x.pth")
-    result = call("evaluate.py", "--data-dir", demo_data, "--restore-from", tmp_path / "x.pth", *QUIET)
+def test_settings_that_make_no_network(call, demo_data, trained, tmp_path, change, reason):
+    contents = load_checkpoint(trained)
+    if "settings" in change:
+        contents = {name: contents[name] for name in ("model", "step")}
+    torch.save(contents | change, tmp_path / "x.pth")
+    output = ("--output-dir", tmp_path / "out")
+    result = call(
+        "evaluate.py", "--data-dir", demo_data, "--restore-from", tmp_path / "x.pth", *output, *QUIET
+    )
     assert result.status == 1
-    assert "x.pth: its settings make no network (" in result.error
+    assert result.error.startswith(f"evaluate.py: error: {tmp_path / 'x.pth'}: ")
+    assert reason in result.error
+    assert "resumed" not in result.error  # nobody asked for that
     assert result.error.count("\n") == 1
 
 
@@ -169,8 +193,8 @@ def test_a_perfect_network_scores_one(call, list_data, tmp_path):
     for path in (list_data / "labels").iterdir():
         Image.fromarray(np.full((20, 30), 2, np.uint8)).save(path)
     model = build_model(num_classes=3, backbone="resnet18")
-    model.head.bottleneck[3].weight.data.zero_()
-    model.head.bottleneck[3].bias.data = torch.tensor([0.0, 0.0, 1.0])
+    model.head.classifier.weight.data.zero_()
+    model.head.classifier.bias.data = torch.tensor([0.0, 0.0, 1.0])
     torch.save(model.state_dict(), tmp_path / "plain.pth")
     result = call(
         "evaluate.py", "--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst",

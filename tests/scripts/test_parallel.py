@@ -22,8 +22,9 @@ SLOW = ("--learning-rate", 1e-5, "--num-steps", 3, "--save-pred-every", 1)
         ("--ohem", 0),
         ("--ohem-thres", 0.05, "--ohem-keep", 200),
         ("--accumulate", 2, "--batch-size", 12, "--checkpoint-activations"),
+        ("--ohem", 0, "--ccl"),
     ],
-    ids=["plain", "mined", "accumulated"],
+    ids=["plain", "mined", "accumulated", "category"],
 )
 def test_one_two_and_three_processes_have_the_same_losses(demo_data, tmp_path, more):
     """Batches, augmentation, dropout, statistics, mining and ignored pixels are those of the whole batch."""
@@ -45,8 +46,10 @@ def test_one_two_and_three_processes_have_the_same_losses(demo_data, tmp_path, m
         logs.append(log_of(folder / "run"))
     for one, two, three in zip(*logs, strict=True):
         for other in (two, three):
-            for name in ("loss", "loss_head", "loss_aux"):
-                assert other[name] == pytest.approx(one[name], rel=1e-5)
+            for name in (name for name in one if name.startswith("loss")):
+                # Class means of few pixels are more sensitive to what rounding did to the weights.
+                tolerance = 1e-4 if "ccl" in name and one["step"] > 1 else 1e-5
+                assert other[name] == pytest.approx(one[name], rel=tolerance), (name, one["step"])
             assert other["kept_pixels"] == pytest.approx(one["kept_pixels"], abs=1e-3)
             assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
     if "--ohem-keep" in more:

@@ -106,7 +106,7 @@ def test_every_documented_command_is_understood(line):
     script = next(word for word in words if word.endswith((".sh", ".py")) or word == "-m")
     arguments = words[words.index(script) + 1 :]
     if script == "train.py":
-        train.parse_args(arguments)
+        train.parse_args(None, arguments)
     elif script == "evaluate.py":
         evaluate.parse_args(arguments)
     else:

@@ -14,8 +14,8 @@ import torch
 from tests.samples import write_pair
 from tests.scripts.conftest import SMALL, log_of, same_tensors
 from tests.scripts.processes import Processes
+from training.snapshots import newest_checkpoint
 from utils.checkpoint import load_checkpoint
-from utils.snapshots import newest_checkpoint
 
 STEPS = ("--num-steps", 5, "--save-pred-every", 1)
 LONG = ("--num-steps", 10**6, "--save-pred-every", 10**6)
@@ -115,13 +115,13 @@ def signalled(demo_data, tmp_path, monkeypatch, call):
     """A run that sends itself these signals at each step, while its processes agree on how to go on."""
 
     def run(*signals):
-        def largest(self, value):
+        def agree(self, value):
             if list(tmp_path.glob("events.out.tfevents.*")):
                 for signum in signals:
                     os.kill(os.getpid(), signum)
             return value
 
-        monkeypatch.setattr("utils.distributed.Process.largest", largest)
+        monkeypatch.setattr("utils.distributed.Process.max", agree)
         folders = ("--data-dir", demo_data, "--snapshot-dir", tmp_path)
         return call("train.py", *folders, *SMALL, "--batch-size", 2, "--num-steps", 50)
 

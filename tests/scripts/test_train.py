@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import fields
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from libs import ABN
-from networks import build_model
+from networks import HEADS, NetworkConfig, build_model
 from tests.scripts.conftest import SMALL, log_of, same_tensors
 from tests.scripts.processes import Processes
+from training.options import RunOptions
 from utils.checkpoint import load_checkpoint
 
 
@@ -43,11 +45,19 @@ def test_what_a_run_leaves(call, demo_data, tmp_path):
 
     checkpoint = load_checkpoint(folder / "CS_scenes_12.pth")
     assert checkpoint["step"] == 12
-    assert checkpoint["settings"]["input_size"] == (33, 41)
+    assert checkpoint["recipe"]["input_size"] == (33, 41)
+    assert checkpoint["network"] == NetworkConfig(backbone="resnet18").to_dict()
+    assert checkpoint["data"]["dataset"] == "cityscapes"
+    assert checkpoint["data"]["names"][:2] == ("road", "sidewalk")
     assert checkpoint["model"].keys() == build_model(backbone="resnet18").state_dict().keys()
     run = json.loads((folder / "run.json").read_text())
     assert f"train.py --data-dir {demo_data} --snapshot-dir " in run["command"]
-    assert run["settings"] == checkpoint["settings"] | {"input_size": [33, 41]}
+    kept = json.loads(json.dumps(checkpoint["network"] | checkpoint["recipe"]))  # tuples become lists
+    options = {name: value for name, value in run["settings"].items() if name not in kept}
+    assert run["settings"] == kept | options
+    assert options.keys() == {option.name for option in fields(RunOptions)}
+    assert (options["data_dir"], options["snapshot_dir"]) == (str(demo_data), str(folder))
+    assert (options["save_pred_every"], options["num_workers"], options["gpu"]) == (5, 0, "cpu")
     assert run["versions"]["torch"] == torch.__version__
     for line in (
         "data      cityscapes, 4 images",
@@ -93,16 +103,113 @@ def test_changed_settings_of_the_optimiser_hold(call, demo_data, trained, tmp_pa
 def test_going_on_from_frozen_normalisation(call, demo_data, tmp_path):
     options = ("--data-dir", demo_data, "--snapshot-dir", tmp_path, *SMALL, "--batch-size", 2)
     assert call("train.py", *options, "--num-steps", 1, "--freeze-bn").status == 0
-    result = call("train.py", *options, "--num-steps", 2, "--resume")
+    frozen, after = norms_of(tmp_path, 1), {}
+    for more in ((), ("--freeze-bn", 0)):
+        (tmp_path / "CS_scenes_2.pth").unlink(missing_ok=True)
+        result = call("train.py", *options, "--num-steps", 2, "--resume", *more)
+        assert result.status == 0, result.error
+        after[more] = norms_of(tmp_path, 2)
+        # The run's own settings hold until a flag changes them.
+        assert ("freeze_bn True → False" in result.out) == bool(more)
+    assert same_tensors(after[()], frozen)
+    assert not any(torch.equal(value, frozen[name]) for name, value in after["--freeze-bn", 0].items())
+
+
+def norms_of(folder, step):
+    """The statistics of the normalisation in a checkpoint."""
+    model = load_checkpoint(folder / f"CS_scenes_{step}.pth")["model"]
+    return {name: value for name, value in model.items() if "running_" in name}
+
+
+@pytest.mark.parametrize(
+    ("flag", "asked", "has"),
+    [
+        ("--backbone", "resnet50", "resnet18"),
+        ("--stem", "plain", "deep"),
+        ("--model", "other", "ccnet"),
+    ],
+)
+def test_a_flag_for_another_network_contradicts_the_checkpoint(
+    call, demo_data, trained, tmp_path, monkeypatch, flag, asked, has
+):
+    monkeypatch.setitem(HEADS, "other", HEADS["ccnet"])
+    folders = ("--data-dir", demo_data, "--snapshot-dir", tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    shutil.copy(trained, tmp_path / "run")
+    result = call("train.py", *folders, *SMALL[2:], "--resume", "--num-steps", 3, flag, asked)
+    assert result.status == 2
+    path = tmp_path / "run" / "CS_scenes_2.pth"
+    assert result.error == f"train.py: error: {flag} {asked} contradicts {path}, which has {has}\n"
+
+
+def test_another_number_of_classes_contradicts_the_checkpoint(call, list_data, tmp_path):
+    options = ("--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst", *SMALL)
+    options += ("--snapshot-dir", tmp_path / "run", "--batch-size", 2)
+    result = call("train.py", *options, "--num-classes", 3, "--num-steps", 1)
     assert result.status == 0, result.error
-    assert "freeze_bn True → False" in result.out
+    result = call("train.py", *options, "--num-classes", 4, "--num-steps", 2, "--resume")
+    assert result.status == 2
+    path = tmp_path / "run" / "model_1.pth"
+    assert result.error == f"train.py: error: --num-classes 4 contradicts {path}, which has 3\n"
+    result = call("train.py", *options, "--num-steps", 2, "--resume")  # needs no flag
+    assert result.status == 0, result.error
+    assert load_checkpoint(tmp_path / "run" / "model_2.pth")["network"]["num_classes"] == 3
+
+
+OLD_SETTINGS = (
+    "batch_size", "input_size", "learning_rate", "momentum", "weight_decay", "power", "num_steps",
+    "ignore_label", "random_mirror", "random_scale", "random_seed", "model", "backbone", "recurrence", "norm",
+    "num_classes", "ohem", "ohem_thres", "ohem_keep", "freeze_bn", "amp", "accumulate",
+)  # fmt: skip
+
+
+def in_the_old_format(checkpoint):
+    """As checkpoints were before there were recipes: one flat dict of settings, no classes' names."""
+    values = checkpoint["network"] | checkpoint["recipe"]
+    old = {name: values[name] for name in OLD_SETTINGS}
+    old |= {"images": checkpoint["data"]["images"], "dataset": "cityscapes", "split": "train"}
+    old |= {"data_dir": "/nowhere", "compile": False, "gpu": "0", "resume": None, "val_every": 0}
+    kept = ("model", "optimizer", "scaler", "step", "random_states")
+    return {name: checkpoint[name] for name in kept} | {"settings": old}
+
+
+def test_a_checkpoint_of_the_old_format(call, demo_data, trained, tmp_path):
+    """It is evaluated with the same counts, and goes on with the same bits."""
+    counts, weights = [], []
+    for name in ("new", "old"):
+        folder, checkpoint = tmp_path / name, load_checkpoint(trained)
+        folder.mkdir()
+        torch.save(in_the_old_format(checkpoint) if name == "old" else checkpoint, folder / "CS_scenes_2.pth")
+        metrics = miou_of(call, demo_data, folder, tmp_path / f"{name} results")
+        assert metrics["settings"]["input_size"] == [33, 41]
+        assert metrics["settings"]["backbone"] == "resnet18"
+        counts.append(metrics["confusion_matrix"])
+        # All else than where data and checkpoints are is the checkpoint's: backbone, crop, batch …
+        plain = ("--data-dir", demo_data, "--snapshot-dir", folder, "--gpu", "cpu", "--num-workers", 0)
+        result = call("train.py", *plain, "--resume", "--num-steps", 3)
+        assert result.status == 0, result.error
+        assert f"resuming {folder / 'CS_scenes_2.pth'} at step 2" in result.out
+        changed = [line for line in result.out.splitlines() if "settings changed: " in line]
+        assert [line.split("changed: ")[1] for line in changed] == ["num_steps 2 → 3"]
+        written = load_checkpoint(folder / "CS_scenes_3.pth")
+        assert written["recipe"]["batch_size"] == 2
+        assert "settings" not in written
+        weights.append(written["model"])
+    assert counts[0] == counts[1]
+    assert same_tensors(*weights)
+    assert not same_tensors(weights[0], load_checkpoint(trained)["model"])
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"step": "two"},
-        {"settings": None},
+        {"recipe": None},
+        {"network": []},
+        {"data": None},
+        {"recipe": {"batch_size": "2"}},
+        {"network": {"depth": 101}},
+        {"settings": None},  # as it was called before there were recipes
         {"optimizer": {}},
         {"random_states": [{}]},
         {"random_states": None},
@@ -177,14 +284,10 @@ def test_fine_tuning_keeps_the_normalisation(call, demo_data, tmp_path, flag):
     result = start_from(call, demo_data, tmp_path / "run", weights, flag, *rate)
     assert result.status == 0, result.error
     after = load_checkpoint(tmp_path / "run" / "CS_scenes_1.pth")["model"]
-    kept = {
-        f"{name}.{entry}" if name else entry
-        for name, layer in model.named_modules()
-        if isinstance(layer, ABN)
-        for entry in layer.state_dict()
-    }
-    for name, value in model.state_dict().items():
-        assert torch.equal(after[name], value) == (name in kept), name
+    norms = [layer for layer in model.modules() if isinstance(layer, ABN)]
+    kept = {id(entry) for layer in norms for entry in layer.state_dict(keep_vars=True).values()}
+    for name, value in model.state_dict(keep_vars=True).items():
+        assert torch.equal(after[name], value) == (id(value) in kept), name
 
 
 def test_own_data_with_a_list(call, list_data, tmp_path):
@@ -330,7 +433,7 @@ def test_a_validation_that_was_interrupted_is_made_up_for(call, demo_data, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context:
-        context.setattr("utils.snapshots.Snapshots.save_best", killed)
+        context.setattr("training.snapshots.Snapshots.save_best", killed)
         assert call("train.py", *options).status == 130
     assert {path.name for path in tmp_path.glob("*.pth")} == {"CS_scenes_2.pth"}
     result = call("train.py", *options, "--resume")

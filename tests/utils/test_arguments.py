@@ -2,10 +2,15 @@
 
 import argparse
 import signal
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from utils.arguments import Parser, boolean, count, exit_on, number, positive_int, scales, size
+from utils.arguments import Parser, UsageError, add_flags, boolean, number, run_script, size, take_flags
+from utils.fields import setting
+
+positive_int, count = number(int, 1), number(int, 0)
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", True), ("True", True), ("0", False), ("no", False)])
@@ -28,8 +33,7 @@ def test_boolean(text, value):
         (size, "1,2,3", "HEIGHT,WIDTH"),
         (size, "0,769", "positive height and width"),
         (size, "-5,5", "positive"),
-        (scales, "0.5,0", "above 0"),
-        (scales, "1,,2", "expected a number"),
+        (size, "99999,5", "at most 32768"),
     ],
 )
 def test_values_that_make_no_sense(kind, text, message):
@@ -37,9 +41,64 @@ def test_values_that_make_no_sense(kind, text, message):
         kind(text)
 
 
-def test_sizes_and_scales():
-    assert size("360,480") == (360, 480)
-    assert scales("0.75,1,1.25") == (0.75, 1.0, 1.25)
+@dataclass(frozen=True)
+class Options:
+    """One field of each kind."""
+
+    sides: tuple[int, int] = setting((3, 4), "a size", group="first")
+    scales: tuple[float, ...] = setting((1.0,), "several numbers, 100 %", exclusive_min=0, max=8)
+    rate: float = setting(0.1, "a number", min=0, flags=("--lr",))
+    count: int | None = setting(None, "a whole number or none", min=1)
+    name: str = setting("b", "a choice", choices=lambda: ("a", "b"))
+    switch: bool = setting(False, "on or off")
+    folder: Path = setting(Path("x"), "a path")
+    resume: str | None = setting(None, "with or without a value", optional_value="")
+    hidden: int = 7
+
+
+def parsed(*arguments):
+    parser = Parser("what it does")
+    add_flags(parser, Options)
+    return take_flags(Options, parser.parse_args(arguments))
+
+
+def test_only_the_flags_that_are_given_count():
+    assert parsed() == {}
+    assert parsed("--sides", "5,6", "--scales", "0.75,1", "--lr", "2", "--count", "3", "--name", "a") == {
+        "sides": (5, 6), "scales": (0.75, 1.0), "rate": 2.0, "count": 3, "name": "a"
+    }  # fmt: skip
+    assert parsed("--switch", "--folder", "a/b", "--resume") == {
+        "switch": True, "folder": Path("a/b"), "resume": ""
+    }  # fmt: skip
+    assert parsed("--switch", "no", "--resume", "x") == {"switch": False, "resume": "x"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--scales", "0.5,0"), "--scales: expected a number above 0 and at most 8, got '0'"),
+        (("--scales", "1,,2"), "expected a number"),
+        (("--lr", "-1"), "--rate/--lr: expected a number at least 0, got '-1'"),
+        (("--count", "0"), "whole number at least 1"),
+        (("--name", "c"), "invalid choice: 'c'"),
+        (("--hidden", "1"), "unrecognized arguments"),
+    ],
+)
+def test_bounds_and_choices_stand_with_the_field(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parsed(*arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_shows_defaults_and_groups(capsys):
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    shown = capsys.readouterr().out
+    assert "first:\n  --sides SIDES" in shown
+    assert "a size (default: 3,4)" in shown
+    assert "several numbers, 100 % (default: 1.0)" in shown
+    assert "a whole number or none\n" in shown
 
 
 def test_a_wrong_command_line_is_one_line_and_status_2(capsys):
@@ -54,16 +113,25 @@ def test_a_wrong_command_line_is_one_line_and_status_2(capsys):
 
 
 @pytest.mark.parametrize(
-    ("raised", "status"), [(KeyError("usage"), 2), (OSError("data"), 1), (KeyboardInterrupt(), 130)]
+    ("raised", "status"),
+    [
+        (UsageError("usage"), 2),
+        (OSError("data"), 1),
+        (MemoryError(), 1),
+        (KeyboardInterrupt(), 130),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1),
+    ],
 )
 def test_users_mistakes_end_a_script_without_a_traceback(raised, status, capsys):
     def main():
         raise raised
 
     with pytest.raises(SystemExit) as caught:
-        exit_on(main, usage=(KeyError,), data=(OSError,))
+        run_script(main)
     assert caught.value.code == status
-    assert capsys.readouterr().err.strip().count("\n") == 0
+    told = capsys.readouterr().err.strip()
+    assert told
+    assert told.count("\n") == 0
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
@@ -79,10 +147,10 @@ def test_an_interrupt_while_a_script_lets_go_of_what_it_holds_is_ignored(stop):
         raise stop(130)
 
     with pytest.raises(SystemExit):
-        exit_on(main, usage=(), data=())
+        run_script(main)
     assert handlers == [signal.SIG_IGN]
 
 
 def test_our_own_mistakes_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
-        exit_on(lambda: 1 / 0, usage=(KeyError,), data=(OSError,))
+        run_script(lambda: 1 / 0)

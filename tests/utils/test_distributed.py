@@ -59,9 +59,10 @@ def test_one_gpu_for_each_process(gpus, monkeypatch):
 
 def test_alone_nothing_is_exchanged():
     process = Process((torch.device("cpu"),))
-    assert (process.gather("x"), process.largest(3), process.parts) == (["x"], 3, 1)
+    assert (process.all_gather_object("x"), process.max(3), process.parts) == (["x"], 3, 1)
     value = torch.ones(2)
     assert process.sum(value) is value
-    process.all_well()
-    with pytest.raises(OSError, match="mine"), process.together():
+    assert process.differentiable_sum(value) is value
+    process.raise_if_any_failed()
+    with pytest.raises(OSError, match="mine"), process.all_or_none():
         raise OSError("mine")

@@ -14,6 +14,7 @@
 namespace cc_attention {
 namespace {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -23,36 +24,43 @@ constexpr ScalarType scalar_type = ScalarType::Float;
 template <>
 constexpr ScalarType scalar_type<double> = ScalarType::Double;
 
-Tensor empty_images(int64_t batch, const Tensor& like, ScalarType dtype) {
-  const int64_t size[] = {batch, like.size(1), like.size(2), like.size(3)};
-  return torch::stable::empty({size, 4}, dtype, std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
+// A sample is an image (C,H,W) or a clip (C,T,H,W), in memory (H,W,C) or (T,H,W,C).
+MemoryFormat channels_last(const Tensor& x) {
+  return x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
 }
 
-// One image of (B,C,H,W) as (1,C,H,W), channels-last and of type T: a view where x is already like that.
+Tensor empty_samples(int64_t batch, const Tensor& like, ScalarType dtype) {
+  int64_t size[5] = {batch};
+  for (int64_t dim = 1; dim < like.dim(); ++dim) size[dim] = like.size(dim);
+  return torch::stable::empty({size, static_cast<size_t>(like.dim())}, dtype, std::nullopt, like.device(),
+                              std::nullopt, channels_last(like));
+}
+
+// One sample of a batch, channels-last and of type T: a view where x is already like that.
 template <typename T>
-Tensor image_of(const Tensor& x, int64_t index) {
+Tensor sample_of(const Tensor& x, int64_t index) {
   Tensor alias = x;  // narrow() of this interface takes no const reference
-  const Tensor image = torch::stable::narrow(alias, 0, index, 1);
-  const Tensor converted = torch::stable::to(image, scalar_type<T>, std::nullopt, std::nullopt, std::nullopt, false,
-                                             false, MemoryFormat::ChannelsLast);
-  return torch::stable::contiguous(converted, MemoryFormat::ChannelsLast);
+  const Tensor sample = torch::stable::narrow(alias, 0, index, 1);
+  const Tensor converted = torch::stable::to(sample, scalar_type<T>, std::nullopt, std::nullopt, std::nullopt, false,
+                                             false, channels_last(x));
+  return torch::stable::contiguous(converted, channels_last(x));
 }
 
-// Where the results of one image are computed: in the result itself where T is its type, else beside it.
+// Where the results of one sample are computed: in the result itself where T is its type, else beside it.
 template <typename T>
-class ResultImage {
+class ResultSample {
  public:
-  ResultImage(const Tensor& results, int64_t index) : results_(results), place_(narrow(index)), image_(place_) {
-    if (results.scalar_type() != scalar_type<T>) image_ = empty_images(1, results, scalar_type<T>);
+  ResultSample(const Tensor& results, int64_t index) : results_(results), place_(narrow(index)), sample_(place_) {
+    if (results.scalar_type() != scalar_type<T>) sample_ = empty_samples(1, results, scalar_type<T>);
   }
-  T* data() { return static_cast<T*>(image_.mutable_data_ptr()); }
+  T* data() { return static_cast<T*>(sample_.mutable_data_ptr()); }
   void store() {
-    if (image_.scalar_type() != place_.scalar_type()) torch::stable::copy_(place_, image_);
+    if (sample_.scalar_type() != place_.scalar_type()) torch::stable::copy_(place_, sample_);
   }
 
  private:
   Tensor narrow(int64_t index) { return torch::stable::narrow(results_, 0, index, 1); }
-  Tensor results_, place_, image_;
+  Tensor results_, place_, sample_;
 };
 
 template <typename T>
@@ -78,67 +86,77 @@ void for_all_lines(int64_t lines, int64_t scratch_size, const Body& body) {
 }
 
 struct Shape {
-  int64_t batch, reduced, channels, height, width;
-  bool empty() const { return batch * height * width == 0; }
-  Line row() const { return {width, reduced, channels, 1, true}; }
-  Line column() const { return {height, reduced, channels, width, false}; }
+  int64_t batch, reduced, channels, frames, height, width;  // an image is one frame
+  int64_t pixels() const { return height * width; }
+  int64_t positions() const { return frames * pixels(); }  // of a sample
+  bool empty() const { return batch * positions() == 0; }
+  Line row() const { return {width, reduced, channels, 1, true, false}; }
+  Line column() const { return {height, reduced, channels, width, false, frames == 1}; }
+  Line through_time() const { return {frames, reduced, channels, pixels(), false, true}; }
 };
 
 // Python has checked the arguments and said what is wrong with them; this is the last line before memory.
 Shape checked(const Tensor& query, const Tensor& key, const Tensor& value) {
-  const auto same = [](const Tensor& x, const Tensor& y) {
-    bool equal = x.dim() == 4 && y.dim() == 4 && x.is_cpu() && y.is_cpu() && x.scalar_type() == y.scalar_type();
-    for (int64_t dim : {0, 2, 3}) equal = equal && x.size(dim) == y.size(dim);
+  const int64_t dims = query.dim();
+  const auto same = [dims](const Tensor& x, const Tensor& y) {
+    bool equal = x.dim() == dims && y.dim() == dims && x.is_cpu() && y.is_cpu() && x.scalar_type() == y.scalar_type();
+    for (int64_t dim = 0; dim < dims && equal; ++dim) equal = dim == 1 || x.size(dim) == y.size(dim);
     return equal;
   };
-  STD_TORCH_CHECK(same(query, key) && same(query, value) && query.size(1) == key.size(1),
+  STD_TORCH_CHECK((dims == 4 || dims == 5) && same(query, key) && same(query, value) && query.size(1) == key.size(1),
                   "query, key and value do not fit together");
-  return {query.size(0), query.size(1), value.size(1), query.size(2), query.size(3)};
+  return {query.size(0), query.size(1), value.size(1), dims == 5 ? query.size(2) : 1, query.size(dims - 2),
+          query.size(dims - 1)};
 }
 
-template <typename T>
-void forward_image(const Shape& shape, const Forward<T>& image) {
-  const LineKernels<T>& kernels = line_kernels<T>();
-  const Line row = shape.row(), column = shape.column();
-  for_all_lines<T>(shape.height, kernels.forward_scratch(row), [&](int64_t y, T* scratch) {
-    const int64_t q = y * shape.width * shape.reduced, v = y * shape.width * shape.channels;
-    kernels.forward(
-        row, {image.query + q, image.key + q, image.value + v, image.out + v, image.lse + y * shape.width}, scratch);
-  });
-  for_all_lines<T>(shape.width, kernels.forward_scratch(column), [&](int64_t x, T* scratch) {
-    const int64_t q = x * shape.reduced, v = x * shape.channels;
-    kernels.forward(column, {image.query + q, image.key + q, image.value + v, image.out + v, image.lse + x}, scratch);
-  });
-}
-
-template <typename T>
-void backward_image(const Shape& shape, const Backward<T>& image) {
-  const LineKernels<T>& kernels = line_kernels<T>();
-  const auto line_at = [&](int64_t pixel) -> Backward<T> {
-    const int64_t q = pixel * shape.reduced, v = pixel * shape.channels;
-    return {image.grad + v,    image.query + q,     image.key + q,    image.value + v, image.out + v, image.lse + pixel,
-            image.delta + pixel, image.dquery + q, image.dkey + q, image.dvalue + v};
+// Runs kernel(line, pointers, scratch) along each axis of a sample: rows, then columns of each frame, then lines
+// through time. `at` gives the pointers of a line by the number of its first position.
+template <typename T, typename Kernel, typename At>
+void for_all_axes(const Shape& shape, int64_t (*scratch_size)(const Line&), const Kernel& kernel, const At& at) {
+  const auto run = [&](const Line& line, int64_t lines, int64_t start, int64_t stride) {
+    for_all_lines<T>(lines, scratch_size(line),
+                     [&](int64_t index, T* scratch) { kernel(line, at(start + index * stride), scratch); });
   };
-  const Line row = shape.row(), column = shape.column();
-  for_all_lines<T>(shape.height, kernels.backward_scratch(row), [&](int64_t y, T* scratch) {
-    kernels.backward(row, line_at(y * shape.width), scratch);
+  for (int64_t frame = 0; frame < shape.frames; ++frame) {
+    run(shape.row(), shape.height, frame * shape.pixels(), shape.width);
+    run(shape.column(), shape.width, frame * shape.pixels(), 1);
+  }
+  if (shape.frames > 1) run(shape.through_time(), shape.pixels(), 0, 1);
+}
+
+template <typename T>
+void forward_sample(const Shape& shape, const Forward<T>& sample) {
+  const LineKernels<T>& kernels = line_kernels<T>();
+  for_all_axes<T>(shape, kernels.forward_scratch, kernels.forward, [&](int64_t position) -> Forward<T> {
+    const int64_t q = position * shape.reduced, v = position * shape.channels;
+    return {sample.query + q, sample.key + q, sample.value + v, sample.out + v, sample.lse + position};
   });
-  for_all_lines<T>(shape.width, kernels.backward_scratch(column),
-                   [&](int64_t x, T* scratch) { kernels.backward(column, line_at(x), scratch); });
+}
+
+template <typename T>
+void backward_sample(const Shape& shape, const Backward<T>& sample) {
+  const LineKernels<T>& kernels = line_kernels<T>();
+  for_all_axes<T>(shape, kernels.backward_scratch, kernels.backward, [&](int64_t position) -> Backward<T> {
+    const int64_t q = position * shape.reduced, v = position * shape.channels;
+    return {sample.grad + v,       sample.query + q,      sample.key + q,        sample.value + v,  sample.out + v,
+            sample.lse + position, sample.delta + position, sample.dquery + q, sample.dkey + q, sample.dvalue + v};
+  });
 }
 
 // T is what is computed in: fp32 for half types.
 template <typename T>
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value) {
   const Shape shape = checked(query, key, value);
-  const Tensor out = empty_images(shape.batch, value, value.scalar_type());
-  const int64_t size[] = {shape.batch, shape.height, shape.width};
-  const Tensor lse = torch::stable::empty({size, 3}, scalar_type<T>);
+  const Tensor out = empty_samples(shape.batch, value, value.scalar_type());
+  const int64_t image[] = {shape.batch, shape.height, shape.width};
+  const int64_t clip[] = {shape.batch, shape.frames, shape.height, shape.width};
+  const auto size = value.dim() == 4 ? IntHeaderOnlyArrayRef(image, 3) : IntHeaderOnlyArrayRef(clip, 4);
+  const Tensor lse = torch::stable::empty(size, scalar_type<T>);
   for (int64_t index = 0; index < shape.batch && !shape.empty(); ++index) {
-    const Tensor q = image_of<T>(query, index), k = image_of<T>(key, index), v = image_of<T>(value, index);
-    ResultImage<T> result(out, index);
-    T* lse_image = static_cast<T*>(lse.mutable_data_ptr()) + index * shape.height * shape.width;
-    forward_image<T>(shape, {data_of<T>(q), data_of<T>(k), data_of<T>(v), result.data(), lse_image});
+    const Tensor q = sample_of<T>(query, index), k = sample_of<T>(key, index), v = sample_of<T>(value, index);
+    ResultSample<T> result(out, index);
+    T* lse_sample = static_cast<T*>(lse.mutable_data_ptr()) + index * shape.positions();
+    forward_sample<T>(shape, {data_of<T>(q), data_of<T>(k), data_of<T>(v), result.data(), lse_sample});
     result.store();
   }
   return {out, lse};
@@ -150,22 +168,21 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& qu
   const Shape shape = checked(query, key, value);
   checked(query, key, grad);
   checked(query, key, out);
-  const int64_t pixels = shape.height * shape.width;
   STD_TORCH_CHECK(grad.size(1) == shape.channels && out.size(1) == shape.channels &&
-                      lse.numel() == shape.batch * pixels && lse.scalar_type() == scalar_type<T> && lse.is_cpu(),
+                      lse.numel() == shape.batch * shape.positions() && lse.scalar_type() == scalar_type<T> && lse.is_cpu(),
                   "grad, out and lse are not those of this forward pass");
-  const Tensor dquery = empty_images(shape.batch, query, query.scalar_type());
-  const Tensor dkey = empty_images(shape.batch, key, key.scalar_type());
-  const Tensor dvalue = empty_images(shape.batch, value, value.scalar_type());
+  const Tensor dquery = empty_samples(shape.batch, query, query.scalar_type());
+  const Tensor dkey = empty_samples(shape.batch, key, key.scalar_type());
+  const Tensor dvalue = empty_samples(shape.batch, value, value.scalar_type());
   const Tensor lse_all = torch::stable::contiguous(lse);
-  const int64_t size[] = {pixels};
+  const int64_t size[] = {shape.positions()};
   const Tensor delta = torch::stable::empty({size, 1}, scalar_type<T>);
   for (int64_t index = 0; index < shape.batch && !shape.empty(); ++index) {
-    const Tensor q = image_of<T>(query, index), k = image_of<T>(key, index), v = image_of<T>(value, index);
-    const Tensor g = image_of<T>(grad, index), o = image_of<T>(out, index);
-    ResultImage<T> dq(dquery, index), dk(dkey, index), dv(dvalue, index);
-    backward_image<T>(shape, {data_of<T>(g), data_of<T>(q), data_of<T>(k), data_of<T>(v), data_of<T>(o),
-                              data_of<T>(lse_all) + index * pixels, static_cast<T*>(delta.mutable_data_ptr()),
+    const Tensor q = sample_of<T>(query, index), k = sample_of<T>(key, index), v = sample_of<T>(value, index);
+    const Tensor g = sample_of<T>(grad, index), o = sample_of<T>(out, index);
+    ResultSample<T> dq(dquery, index), dk(dkey, index), dv(dvalue, index);
+    backward_sample<T>(shape, {data_of<T>(g), data_of<T>(q), data_of<T>(k), data_of<T>(v), data_of<T>(o),
+                              data_of<T>(lse_all) + index * shape.positions(), static_cast<T*>(delta.mutable_data_ptr()),
                               dq.data(), dk.data(), dv.data()});
     dq.store();
     dk.store();

@@ -1,18 +1,19 @@
-// What one line, a row or a column of an image, needs; compiled once for each instruction set.
+// Kernels for one line of positions: a row, a column or a line through time. Compiled for each instruction set.
 #pragma once
 
 #include <cstdint>
 
 namespace cc_attention {
 
-// A line of an image whose positions lie `step` apart: 1 in a row, W in a column. In channels-last memory a
-// tensor of C channels then is a matrix with leading dimension step * C.
+// A line whose positions lie `step` apart: 1 in a row, W in a column, H * W through time. In channels-last
+// memory a tensor of C channels then is a matrix with leading dimension step * C.
 struct Line {
   int64_t positions;
   int64_t reduced;   // channels of query and key
   int64_t channels;  // channels of value
   int64_t step;
-  bool row;  // rows come first and overwrite, columns add; a position meets itself in its row only
+  bool row;   // rows come first and overwrite, other lines add; a position meets itself in its row only
+  bool last;  // no other line of these positions follows
 };
 
 // Pointers to a line's first position.
@@ -25,7 +26,7 @@ struct Forward {
 template <typename T>
 struct Backward {
   const T *grad, *query, *key, *value, *out, *lse;
-  T *delta;  // of the image: written by rows, read by columns
+  T* delta;  // written by rows, read by other lines
   T *dquery, *dkey, *dvalue;
 };
 

@@ -29,40 +29,47 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 Shape shape_of(const Tensor& query, const Tensor& value) {
-  STD_TORCH_CHECK(query.dim() == 4 && value.dim() == 4, "query and value must be (B,C,H,W)");
-  for (int dim = 1; dim < 4; ++dim) {
+  const int64_t dims = query.dim();
+  STD_TORCH_CHECK((dims == 4 || dims == 5) && value.dim() == dims,
+                  "query and value must be (B,C,H,W) or (B,C,T,H,W)");
+  for (int64_t dim = 1; dim < dims; ++dim) {
     STD_TORCH_CHECK(
         query.size(dim) <= std::numeric_limits<int>::max() && value.size(dim) <= std::numeric_limits<int>::max(),
-        "channels, height and width must be below 2^31");
+        "channels, frames, height and width must be below 2^31");
   }
-  return {query.size(0), static_cast<int>(query.size(1)), static_cast<int>(value.size(1)),
-          static_cast<int>(query.size(2)), static_cast<int>(query.size(3))};
+  const auto of = [&](int64_t dim) { return static_cast<int>(query.size(dim)); };
+  const Size size{dims == 5 ? of(2) : 1, of(dims - 2), of(dims - 1)};
+  return {query.size(0), of(1), static_cast<int>(value.size(1)), size};
 }
 
-void check_map(const char* name, const Tensor& x, const Tensor& query, const Shape& shape, int channels) {
+void check_map(const char* name, const Tensor& x, const Tensor& query, int channels) {
   STD_TORCH_CHECK(
       x.is_cuda() && x.get_device_index() == query.get_device_index() && x.scalar_type() == query.scalar_type(), name,
       " must be on the query's CUDA device and of its dtype");
-  STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == shape.batch && x.size(1) == channels && x.size(2) == shape.height &&
-                      x.size(3) == shape.width,
-                  name, " does not fit the other tensors' shapes");
+  bool fits = x.dim() == query.dim() && x.size(1) == channels;
+  for (int64_t dim = 0; dim < query.dim() && fits; ++dim) fits = dim == 1 || x.size(dim) == query.size(dim);
+  STD_TORCH_CHECK(fits, name, " does not fit the other tensors' shapes");
 }
 
-// An image as a contiguous (H,W,C) array. This is the tensor itself where it is channels-last already, be its
+MemoryFormat format_of(const Tensor& x) {
+  return x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+}
+
+// A sample as a contiguous ([T,]H,W,C) array. This is the tensor itself where it is channels-last already, be its
 // strides in dimensions of size 1 what they may.
-Tensor channels_last(const Tensor& x) { return torch::stable::contiguous(x, MemoryFormat::ChannelsLast); }
+Tensor channels_last(const Tensor& x) { return torch::stable::contiguous(x, format_of(x)); }
 
 Tensor empty_map(const Tensor& x) {
-  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                              MemoryFormat::ChannelsLast);
+  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt, format_of(x));
 }
 
 ScalarType wide_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-Tensor empty_wide(const Tensor& x) {  // (B,H,W)
-  return torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(3)}, wide_type(x));
+Tensor empty_wide(const Tensor& x) {  // (B,H,W) or (B,T,H,W)
+  if (x.dim() == 4) return torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(3)}, wide_type(x));
+  return torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(3), x.size(4)}, wide_type(x));
 }
 
 template <typename T>
@@ -170,9 +177,9 @@ void dispatch(const Tensor& x, Run run) {
 
 std::tuple<Tensor, Tensor> criss_cross_attention(Tensor query, Tensor key, Tensor value, bool tf32) {
   const Shape shape = shape_of(query, value);
-  check_map("query", query, query, shape, shape.query_channels);
-  check_map("key", key, query, shape, shape.query_channels);
-  check_map("value", value, query, shape, shape.channels);
+  check_map("query", query, query, shape.query_channels);
+  check_map("key", key, query, shape.query_channels);
+  check_map("value", value, query, shape.channels);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   Tensor out = empty_map(value), lse = empty_wide(value);
   if (shape.positions() == 0) return {out, lse};
@@ -192,11 +199,11 @@ std::tuple<Tensor, Tensor> criss_cross_attention(Tensor query, Tensor key, Tenso
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value,
                                                                   Tensor out, Tensor lse, bool tf32) {
   const Shape shape = shape_of(query, value);
-  check_map("query", query, query, shape, shape.query_channels);
-  check_map("key", key, query, shape, shape.query_channels);
-  check_map("value", value, query, shape, shape.channels);
-  check_map("grad", grad, query, shape, shape.channels);
-  check_map("out", out, query, shape, shape.channels);
+  check_map("query", query, query, shape.query_channels);
+  check_map("key", key, query, shape.query_channels);
+  check_map("value", value, query, shape.channels);
+  check_map("grad", grad, query, shape.channels);
+  check_map("out", out, query, shape.channels);
   STD_TORCH_CHECK(lse.is_cuda() && lse.get_device_index() == query.get_device_index() &&
                       lse.scalar_type() == wide_type(query) && lse.numel() == shape.positions(),
                   "lse must be what the forward operator returned");

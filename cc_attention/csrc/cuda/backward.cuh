@@ -13,16 +13,17 @@ namespace cc_attention::cuda {
 
 template <typename T>
 struct BackwardPass {
-  const T* grad;   // (B,H,W,C), as value and dvalue
-  const T* query;  // (B,H,W,Cr), as key, dquery and dkey
+  const T* grad;   // (B,T,H,W,C), as value and dvalue
+  const T* query;  // (B,T,H,W,Cr), as key, dquery and dkey
   const T* key;
   const T* value;
-  const Wide<T>* lse;  // (B,H,W)
+  const Wide<T>* lse;  // (B,T,H,W)
   const Wide<T>* delta;
   T* dquery;
   T* dkey;
   T* dvalue;
-  int height, width, query_channels, channels;
+  Size size;
+  int query_channels, channels;
   Index first_line;
   Axis axis;
   int query_begin, query_end, key_begin, key_end;  // of each line
@@ -41,8 +42,8 @@ template <typename Engine, typename T>
 __device__ void backward_block(const BackwardPass<T>& pass, void* memory) {
   const Shared<Engine> shared(memory);
   const Index line = pass.first_line + blockIdx.x;
-  const Span queries = span_of(pass.axis, pass.height, pass.width, line, pass.query_begin, pass.query_end);
-  const Span keys = span_of(pass.axis, pass.height, pass.width, line, pass.key_begin, pass.key_end);
+  const Span queries = span_of(pass.axis, pass.size, line, pass.query_begin, pass.query_end);
+  const Span keys = span_of(pass.axis, pass.size, line, pass.key_begin, pass.key_end);
   const int channels = pass.channels, query_channels = pass.query_channels;
   const Segment<const T> query = queries.of(pass.query, query_channels), key = keys.of(pass.key, query_channels);
   const Segment<const T> grad = queries.of(pass.grad, channels), value = keys.of(pass.value, channels);
@@ -56,7 +57,7 @@ __device__ void backward_block(const BackwardPass<T>& pass, void* memory) {
 #pragma unroll
     for (int j = 0; j < Engine::COLUMNS; ++j) {
       const int column = Engine::column(j);
-      const bool own = pass.axis == Axis::COLUMN && pass.query_begin + row == pass.key_begin + column;
+      const bool own = pass.axis != Axis::ROW && pass.query_begin + row == pass.key_begin + column;
       const bool attends = row < queries.length && column < keys.length && !own;
       part.value[i][j] = attends ? exponential(part.value[i][j] - lse) : 0;
     }
@@ -96,9 +97,9 @@ template <typename T>
 struct Delta {
   static constexpr int THREADS = 128;
   static constexpr int POSITIONS = THREADS / 32;  // of a block
-  const T* grad;                                  // (B,H,W,C), as out
+  const T* grad;                                  // (B,T,H,W,C), as out
   const T* out;
-  Wide<T>* delta;  // (B,H,W)
+  Wide<T>* delta;  // (B,T,H,W)
   Index positions;
   int channels;
 };

@@ -1,10 +1,12 @@
 // Criss-cross attention, forward: out[u] = Σ_i softmax_i(query[u] · key[i]) value[i] over the row and the
-// column of u (paper, section 3.1), the own position once: the row has it, the column leaves it out.
+// column of u and, in a clip, the line through time (paper, section 3.1), the own position once: the row has it,
+// the others leave it out.
 //
 // A pass adds the contribution of some keys of each line of one axis. Between passes `out` is the result over
 // the keys seen so far, and lse = log Σ exp(energy) over them. With the energies e of a pass
 //   lse' = log(exp(lse) + Σ exp(e)),   out' = exp(lse - lse') out + Σ exp(e - lse') value.
-// So a line of any length needs no memory but out and lse; energies never leave the multiprocessor.
+// So a line of any length needs no memory but out and lse; energies never leave the multiprocessor. Where all
+// energies were -inf so far, lse is -inf and out is 0; if they are to the end, the result is NaN, as a softmax's.
 #pragma once
 
 #include "tile.cuh"
@@ -13,20 +15,22 @@ namespace cc_attention::cuda {
 
 template <typename T>
 struct ForwardPass {
-  const T* query;  // (B,H,W,Cr), as key
+  const T* query;  // (B,T,H,W,Cr), as key
   const T* key;
-  const T* value;  // (B,H,W,C), as out
+  const T* value;  // (B,T,H,W,C), as out
   T* out;
-  // (B,H,W). Two buffers: blocks that work on different channels of the same line all read the old one.
+  // (B,T,H,W). Two buffers: blocks that work on different channels of the same line all read the old one.
   const Wide<T>* lse_before;
   Wide<T>* lse_after;
-  int height, width, query_channels, channels;
+  Size size;
+  int query_channels, channels;
   Index first_line;
   Axis axis;
   int tile;                // queries of a block
   int key_begin, key_end;  // of each line
   int channels_per_block;  // a multiple of TILE
   bool first;              // out and lse hold nothing yet
+  bool last;               // no other pass follows for these positions
 };
 
 // One number of each row from all threads: each brings its part for its own rows and gets the whole.
@@ -45,7 +49,7 @@ __device__ void combine_row(Number (&part)[Engine::ROWS], Number* memory, Combin
 // Energies become weights exp(e - lse'), old_lse becomes lse', and old_share exp(lse - lse').
 template <typename Engine, typename Number>
 __device__ void softmax(typename Engine::Accumulator& energies, Number (&lse)[Engine::ROWS],
-                        Number (&old_share)[Engine::ROWS], void* memory) {
+                        Number (&old_share)[Engine::ROWS], bool last, void* memory) {
   Number* maxima = static_cast<Number*>(memory);
   Number* sums = maxima + Engine::TILE * Engine::GROUPS;
   constexpr int NEEDED = 2 * Engine::TILE * Engine::GROUPS * sizeof(Number);
@@ -60,6 +64,7 @@ __device__ void softmax(typename Engine::Accumulator& energies, Number (&lse)[En
   combine_row<Engine>(maximum, maxima, [](Number a, Number b) { return larger(a, b); });
 #pragma unroll
   for (int i = 0; i < Engine::ROWS; ++i) {
+    if (!last && maximum[i] == minus_infinity()) maximum[i] = 0;  // -inf - (-inf) would be NaN already
     sum[i] = 0;
 #pragma unroll
     for (int j = 0; j < Engine::COLUMNS; ++j) {
@@ -70,8 +75,8 @@ __device__ void softmax(typename Engine::Accumulator& energies, Number (&lse)[En
   combine_row<Engine>(sum, sums, [](Number a, Number b) { return a + b; });
 #pragma unroll
   for (int i = 0; i < Engine::ROWS; ++i) {
-    const Number old = exponential(lse[i] - maximum[i]), scale = 1 / (old + sum[i]);
-    lse[i] = maximum[i] + logarithm(old + sum[i]);
+    const Number old = exponential(lse[i] - maximum[i]), total = old + sum[i], scale = total == 0 ? 0 : 1 / total;
+    lse[i] = maximum[i] + logarithm(total);
     old_share[i] = old * scale;
 #pragma unroll
     for (int j = 0; j < Engine::COLUMNS; ++j) energies.value[i][j] *= scale;
@@ -84,12 +89,12 @@ template <typename Engine, typename T>
 __device__ void forward_block(const ForwardPass<T>& pass, void* memory) {
   using Number = Wide<T>;
   const Shared<Engine> shared(memory);
-  const int length = pass.axis == Axis::ROW ? pass.width : pass.height;
+  const int length = pass.size.length(pass.axis);
   const int tiles = ceil_div(length, pass.tile), block = static_cast<int>(blockIdx.x);
   const Index line = pass.first_line + block / tiles;
   const int query_begin = block % tiles * pass.tile, query_end = smaller(query_begin + pass.tile, length);
-  const Span queries = span_of(pass.axis, pass.height, pass.width, line, query_begin, query_end);
-  const Span keys = span_of(pass.axis, pass.height, pass.width, line, pass.key_begin, pass.key_end);
+  const Span queries = span_of(pass.axis, pass.size, line, query_begin, query_end);
+  const Span keys = span_of(pass.axis, pass.size, line, pass.key_begin, pass.key_end);
 
   typename Engine::Accumulator weights;
   products<Engine, T>(weights, shared, queries.of(pass.query, pass.query_channels),
@@ -105,13 +110,13 @@ __device__ void forward_block(const ForwardPass<T>& pass, void* memory) {
 #pragma unroll
     for (int j = 0; j < Engine::COLUMNS; ++j) {
       const int column = Engine::column(j);
-      const bool own = pass.axis == Axis::COLUMN && query_begin + row == pass.key_begin + column;
+      const bool own = pass.axis != Axis::ROW && query_begin + row == pass.key_begin + column;
       if (column >= keys.length || own) weights.value[i][j] = minus_infinity();
     }
   }
-  // Where a query has no key in this pass (a column of one position), the maximum is the finite old lse, each
-  // weight is exp(-inf) = 0 and the old share exactly 1. The first pass is along rows, so there is always one.
-  softmax<Engine>(weights, lse, target.share, shared.buffers);
+  // Where a query has no key in this pass (a column of one position), the maximum is the old lse, each weight is
+  // exp(-inf) = 0 and the old share exactly 1.
+  softmax<Engine>(weights, lse, target.share, pass.last, shared.buffers);
   keep_weights(shared, weights);
 
 #pragma unroll

@@ -1,12 +1,23 @@
-// Lines of a channels-last map. An image is an (H,W,C) array; a row of it is a matrix (W,C) of leading
-// dimension C, a column a matrix (H,C) of leading dimension W·C. Nothing is ever permuted or copied.
+// Lines of a channels-last map. A clip is a (T,H,W,C) array, an image one of T = 1; a row of it is a matrix (W,C)
+// of leading dimension C, a column a matrix (H,C) of leading dimension W·C, a line through time a matrix (T,C) of
+// leading dimension H·W·C. Nothing is ever permuted or copied.
 #pragma once
 
 #include "scalar.cuh"
 
 namespace cc_attention::cuda {
 
-enum class Axis { ROW, COLUMN };
+enum class Axis { ROW, COLUMN, TIME };
+
+struct Size {
+  int frames, height, width;
+
+  __host__ __device__ Index pixels() const { return static_cast<Index>(height) * width; }
+  // Positions of a line.
+  __host__ __device__ int length(Axis axis) const {
+    return axis == Axis::ROW ? width : axis == Axis::COLUMN ? height : frames;
+  }
+};
 
 // Some consecutive positions of a line, with all channels: a matrix (positions, channels) in global memory.
 template <typename T>
@@ -17,7 +28,7 @@ struct Segment {
   int channels;
 };
 
-// Which positions these are, in any tensor. They are numbered over the whole batch: (b·H + y)·W + x.
+// Which positions these are, in any tensor. They are numbered over the whole batch: ((b·T + t)·H + y)·W + x.
 struct Span {
   Index first;
   Index stride;  // from one to the next
@@ -31,11 +42,13 @@ struct Span {
   }
 };
 
-// The positions [begin, end) of a line. Lines, too, are numbered over the whole batch: row b·H + y, column
-// b·W + x.
-__device__ inline Span span_of(Axis axis, int height, int width, Index line, int begin, int end) {
+// The positions [begin, end) of a line. Lines, too, are numbered over the whole batch: row (b·T + t)·H + y, column
+// (b·T + t)·W + x, through time (b·H + y)·W + x.
+__device__ inline Span span_of(Axis axis, const Size& size, Index line, int begin, int end) {
+  const Index width = size.width, pixels = size.pixels();
   if (axis == Axis::ROW) return {line * width + begin, 1, end - begin};
-  return {(line / width * height + begin) * width + line % width, width, end - begin};
+  if (axis == Axis::COLUMN) return {(line / width * size.height + begin) * width + line % width, width, end - begin};
+  return {(line / pixels * size.frames + begin) * pixels + line % pixels, pixels, end - begin};
 }
 
 }  // namespace cc_attention::cuda

@@ -9,13 +9,15 @@ namespace cc_attention::cuda {
 
 struct Shape {
   Index batch;
-  int query_channels, channels, height, width;
-  Index positions() const { return batch * height * width; }
+  int query_channels, channels;
+  Size size;
+  Index images() const { return batch * size.frames; }
+  Index positions() const { return images() * size.pixels(); }
 };
 
 struct Plan {
   int tile;      // positions of a segment, at most TILE
-  Index images;  // of a launch
+  Index images;  // of a launch: each frame of a clip is one
   int splits;    // of the channels, forward
 };
 
@@ -23,31 +25,28 @@ struct Plan {
 // images of 97×97 positions and 512 channels in bf16) is still in the L2 cache for that along the columns. As
 // many images are taken together as the GPU can work on at once: with more, some blocks would wait for a
 // second round. Where even all images leave room for it, several blocks share the channels of a line, each
-// computing the energies anew (Cr/C of the work).
+// computing the energies anew (Cr/C of the work). Lines through time come last, for they need all frames.
 template <typename Engine>
 Plan plan_for(const Shape& shape, int multiprocessors) {
   const int tile = Engine::TILE;
   const Index room = static_cast<Index>(multiprocessors) * Engine::BLOCKS_PER_SM;
-  const Index blocks_of_image = larger(static_cast<Index>(shape.height) * ceil_div(shape.width, tile),
-                                       static_cast<Index>(shape.width) * ceil_div(shape.height, tile));
-  const Index images = larger<Index>(1, smaller(shape.batch, room / blocks_of_image));
+  const auto [frames, height, width] = shape.size;
+  const Index blocks_of_image = larger(static_cast<Index>(height) * ceil_div(width, tile),
+                                       static_cast<Index>(width) * ceil_div(height, tile));
+  const Index images = larger<Index>(1, smaller(shape.images(), room / blocks_of_image));
   const Index splits = smaller<Index>(room / (images * blocks_of_image), ceil_div(shape.channels, tile));
   return {tile, images, static_cast<int>(larger<Index>(1, splits))};
 }
 
-inline int length_of(const Shape& shape, Axis axis) { return axis == Axis::ROW ? shape.width : shape.height; }
-inline int lines_of(const Shape& shape, Axis axis) { return axis == Axis::ROW ? shape.height : shape.width; }
-
-// run(axis, first line, lines) for each group of images, rows first.
+// run(axis, first line, lines) for each group of images, rows first, then through time.
 template <typename Run>
 void for_each_axis(const Shape& shape, const Plan& plan, Run run) {
-  for (Index image = 0; image < shape.batch; image += plan.images) {
-    const Index images = smaller(plan.images, shape.batch - image);
-    for (Axis axis : {Axis::ROW, Axis::COLUMN}) {
-      const Index lines = lines_of(shape, axis);
-      run(axis, image * lines, images * lines);
-    }
+  for (Index image = 0; image < shape.images(); image += plan.images) {
+    const Index images = smaller(plan.images, shape.images() - image);
+    run(Axis::ROW, image * shape.size.height, images * shape.size.height);
+    run(Axis::COLUMN, image * shape.size.width, images * shape.size.width);
   }
+  if (shape.size.frames > 1) run(Axis::TIME, Index{0}, shape.batch * shape.size.pixels());
 }
 
 // launch(pass, grid x, grid y). `scratch` is as large as lse.
@@ -59,24 +58,26 @@ void forward(const Shape& shape, const Plan& plan, const T* query, const T* key,
   pass.key = key;
   pass.value = value;
   pass.out = out;
-  pass.height = shape.height;
-  pass.width = shape.width;
+  pass.size = shape.size;
   pass.query_channels = shape.query_channels;
   pass.channels = shape.channels;
   pass.tile = plan.tile;
   pass.channels_per_block = ceil_div(ceil_div(shape.channels, plan.splits), Engine::TILE) * Engine::TILE;
   const int splits = shape.channels > 0 ? ceil_div(shape.channels, pass.channels_per_block) : 1;
-  const int passes = ceil_div(shape.width, plan.tile) + ceil_div(shape.height, plan.tile);
-  int left = 0;  // passes until the last one of these images, which leaves its result in lse
+  const auto passes_along = [&](Axis axis) { return ceil_div(shape.size.length(axis), plan.tile); };
+  const int time_passes = shape.size.frames > 1 ? passes_along(Axis::TIME) : 0;
+  int left = 0;  // passes until the last one of these positions, which leaves its result in lse
   for_each_axis(shape, plan, [&](Axis axis, Index first_line, Index lines) {
     pass.first = axis == Axis::ROW;
-    if (pass.first) left = passes;
+    if (axis == Axis::ROW) left = passes_along(Axis::ROW) + passes_along(Axis::COLUMN) + time_passes;
+    if (axis == Axis::TIME) left = time_passes;
     pass.axis = axis;
     pass.first_line = first_line;
-    const int length = length_of(shape, axis);
+    const int length = shape.size.length(axis);
     for (pass.key_begin = 0; pass.key_begin < length; pass.key_begin = pass.key_end, pass.first = false) {
       pass.key_end = smaller(pass.key_begin + plan.tile, length);
       --left;
+      pass.last = left == 0;
       pass.lse_after = left % 2 == 0 ? lse : scratch;
       pass.lse_before = left % 2 == 0 ? scratch : lse;
       launch(pass, lines * ceil_div(length, plan.tile), splits);
@@ -101,14 +102,13 @@ void backward(const Shape& shape, const Plan& plan, const T* grad, const T* quer
   pass.dquery = dquery;
   pass.dkey = dkey;
   pass.dvalue = dvalue;
-  pass.height = shape.height;
-  pass.width = shape.width;
+  pass.size = shape.size;
   pass.query_channels = shape.query_channels;
   pass.channels = shape.channels;
   for_each_axis(shape, plan, [&](Axis axis, Index first_line, Index lines) {
     pass.axis = axis;
     pass.first_line = first_line;
-    const int length = length_of(shape, axis);
+    const int length = shape.size.length(axis);
     for (pass.query_begin = 0; pass.query_begin < length; pass.query_begin = pass.query_end) {
       pass.query_end = smaller(pass.query_begin + plan.tile, length);
       for (pass.key_begin = 0; pass.key_begin < length; pass.key_begin = pass.key_end) {

@@ -1,4 +1,4 @@
-// In-place activated batch normalisation on CUDA devices: the four steps for PyTorch, written against LibTorch's
+// In-place activated batch normalisation on CUDA devices: the steps for PyTorch, written against LibTorch's
 // stable ABI. The schemas are defined in libs/ops.py, the kernels in statistics.cuh and affine.cuh.
 
 #include <cuda_runtime.h>
@@ -25,7 +25,7 @@ namespace {
 using namespace libs::cuda;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Given = std::optional<Tensor>;  // weight or bias
+using Given = std::optional<Tensor>;
 using torch::stable::accelerator::DeviceGuard;
 
 // Whether the dimensions follow each other in memory without gaps, the channels in their place or last.
@@ -55,31 +55,47 @@ Shape shape_of(const Tensor& x) {
   return {batch, static_cast<int>(channels), x.numel() / (batch * channels)};
 }
 
-void check_like(const Tensor& y, const Tensor& grad) {
-  bool same = grad.is_cuda() && grad.get_device_index() == y.get_device_index() && grad.dim() == y.dim() &&
-              grad.scalar_type() == y.scalar_type();
+void check_like(const Tensor& y, const Tensor& other, const char* name) {
+  bool same = other.is_cuda() && other.get_device_index() == y.get_device_index() && other.dim() == y.dim() &&
+              other.scalar_type() == y.scalar_type();
   for (int64_t dim = 0; same && dim < y.dim(); ++dim)
-    same = grad.size(dim) == y.size(dim) && (y.size(dim) == 1 || grad.stride(dim) == y.stride(dim));
-  STD_TORCH_CHECK(same, "grad must have the device, shape, strides and dtype of y");
+    same = other.size(dim) == y.size(dim) && (y.size(dim) == 1 || other.stride(dim) == y.stride(dim));
+  STD_TORCH_CHECK(same, name, " must have the device, shape, strides and dtype of the normalised tensor");
 }
 
-template <typename T>
-constexpr ScalarType WIDE_TYPE = sizeof(Wide<T>) == 8 ? ScalarType::Double : ScalarType::Float;
+template <typename W>
+constexpr ScalarType WIDE_TYPE = sizeof(W) == 8 ? ScalarType::Double : ScalarType::Float;
 
-// The vectors of C numbers that a step is given, each contiguous for as long as this lives.
+template <typename W>
+void check_vector(const Tensor& x, const Tensor& vector, int64_t least) {
+  STD_TORCH_CHECK(vector.is_cuda() && vector.get_device_index() == x.get_device_index() && vector.numel() >= least &&
+                      vector.scalar_type() == WIDE_TYPE<W>,
+                  "statistics, sums, weight and bias must be on the device of x and hold one ",
+                  sizeof(W) == 8 ? "double" : "float", " a channel");
+}
+
+// The vectors that a step is given, each contiguous for as long as this lives.
 template <typename T>
 class Vectors {
  public:
   explicit Vectors(const Tensor& x) : x_(x) {}
 
-  const Wide<T>* operator()(const Given& given) {
+  // At least so many numbers for each channel.
+  const Wide<T>* operator()(const Given& given, int64_t each = 1) {
     if (!given.has_value()) return nullptr;
-    STD_TORCH_CHECK(given->is_cuda() && given->get_device_index() == x_.get_device_index() &&
-                        given->numel() == x_.size(1) && given->scalar_type() == WIDE_TYPE<T>,
-                    "statistics, weight and bias must be on the device of x and hold one ",
-                    sizeof(Wide<T>) == 8 ? "double" : "float", " a channel");
+    check_vector<Wide<T>>(x_, *given, each * x_.size(1));
+    STD_TORCH_CHECK(each > 1 || given->numel() == x_.size(1), "weight and bias must hold one number a channel");
     held_.push_back(torch::stable::contiguous(*given));
     return static_cast<const Wide<T>*>(held_.back().const_data_ptr());
+  }
+
+  Channels<Wide<T>> channels(const Given& statistics, const Given& weight, const Given& bias, double eps,
+                             const Given& sums = std::nullopt) {
+    const int count = static_cast<int>(x_.size(1));
+    const int parts = sums.has_value() ? static_cast<int>(sums->numel() / (2 * count)) : 0;
+    STD_TORCH_CHECK(!sums.has_value() || sums->numel() % (2 * count) == 0, "sums must be (P, 2 C)");
+    return {(*this)(statistics, 2), (*this)(weight), (*this)(bias), (*this)(sums, 2), static_cast<Wide<T>>(eps),
+            count, parts};
   }
 
  private:
@@ -99,7 +115,8 @@ Division division_of(const Shape& shape, std::initializer_list<const void*> poin
 Activation activation_of(const std::string& name) {
   if (name == "leaky_relu") return Activation::LEAKY_RELU;
   if (name == "elu") return Activation::ELU;
-  STD_TORCH_CHECK(name == "identity", "activation must be leaky_relu, elu or identity; got ", name);
+  if (name == "relu") return Activation::RELU;
+  STD_TORCH_CHECK(name == "identity", "activation must be leaky_relu, elu, relu or identity; got ", name);
   return Activation::IDENTITY;
 }
 
@@ -120,7 +137,7 @@ T* mutable_data(const Tensor& x) {
 
 template <typename T>
 Tensor empty_wide(const Tensor& x, int64_t size) {
-  return torch::stable::new_empty(x, {size}, WIDE_TYPE<T>);
+  return torch::stable::new_empty(x, {size}, WIDE_TYPE<Wide<T>>);
 }
 
 // A function that launches kernels on the device's current stream.
@@ -155,80 +172,144 @@ auto dispatch(const Tensor& x, Run run) {
   }
 }
 
-std::tuple<Tensor, Tensor> statistics_cuda(const Tensor& x) {
+// Running statistics that are moved in place; they must be contiguous for that.
+template <typename W>
+Running<W> running_of(const Tensor& x, const Given& mean, const Given& var, double momentum, int64_t channels) {
+  if (!mean.has_value() || !var.has_value()) return {nullptr, nullptr, 0};
+  for (const Given& given : {mean, var}) {
+    check_vector<W>(x, *given, channels);
+    STD_TORCH_CHECK(given->is_contiguous(), "running statistics must be contiguous");
+  }
+  return {mutable_data<W>(*mean), mutable_data<W>(*var), static_cast<W>(momentum)};
+}
+
+Tensor statistics_cuda(const Tensor& x, const Given& running_mean, const Given& running_var, double momentum) {
   const Shape shape = shape_of(x);
   const DeviceGuard guard(x.get_device_index());
-  return dispatch(x, [&](auto type) -> std::tuple<Tensor, Tensor> {
+  return dispatch(x, [&](auto type) {
     using T = typename decltype(type)::T;
     using W = Wide<T>;
     const Division division = division_of<T>(shape, {x.const_data_ptr()});
     const Tensor scratch = empty_wide<T>(x, scratch_size(division));
-    Tensor mean = empty_wide<T>(x, shape.channels), var = empty_wide<T>(x, shape.channels);
-    statistics(division, data<T>(x), mutable_data<W>(scratch), mutable_data<W>(mean), mutable_data<W>(var),
+    Tensor result = empty_wide<T>(x, 2 * static_cast<int64_t>(shape.channels) + 1);
+    statistics(division, data<T>(x), mutable_data<W>(scratch),
+               running_of<W>(x, running_mean, running_var, momentum, shape.channels), mutable_data<W>(result),
                launcher(x));
-    return {mean, var};
+    return result;
   });
 }
 
-void normalize_cuda(const Tensor& x, const Tensor& mean, const Tensor& var, const Given& weight, const Given& bias,
-                    double eps, const std::string& activation, double param) {
+Tensor merge_statistics_cuda(const Tensor& given, const Given& running_mean, const Given& running_var,
+                             double momentum) {
+  STD_TORCH_CHECK(given.is_cuda() && given.dim() == 2 && given.size(1) % 2 == 1, "parts must be (P, 2 C + 1)");
+  const DeviceGuard guard(given.get_device_index());
+  const Tensor parts = torch::stable::contiguous(given);
+  const int count = static_cast<int>(parts.size(0)), channels = static_cast<int>(parts.size(1) / 2);
+  const auto run = [&](auto type) {
+    using W = typename decltype(type)::T;
+    check_vector<W>(parts, parts, 1);
+    Tensor result = empty_wide<W>(parts, parts.size(1));
+    merge_statistics(data<W>(parts), count, channels,
+                     running_of<W>(parts, running_mean, running_var, momentum, channels), mutable_data<W>(result),
+                     launcher(parts));
+    return result;
+  };
+  return parts.scalar_type() == ScalarType::Double ? run(Type<double>{}) : run(Type<float>{});
+}
+
+// normalize_ without `out`; otherwise normalize_relu_, perhaps with a shortcut.
+void normalize_any(const Tensor& x, const Tensor& statistics, const Given& weight, const Given& bias, double eps,
+                   Activation activation, double param, const Given& shortcut, const Given& out) {
   const Shape shape = shape_of(x);
+  if (shortcut.has_value()) check_like(x, *shortcut, "shortcut");
   const DeviceGuard guard(x.get_device_index());
   dispatch(x, [&](auto type) {
     using T = typename decltype(type)::T;
-    using W = Wide<T>;
     Vectors<T> vectors(x);
-    T* const out = mutable_data<T>(x);
-    normalize(Step<T>{division_of<T>(shape, {out}),
-                      {out, nullptr, nullptr, nullptr},
-                      {vectors(mean), vectors(var), vectors(weight), vectors(bias), nullptr, nullptr,
-                       static_cast<W>(eps)},
-                      activation_of(activation),
-                      parameter_of<W>(param)},
+    T* const y = mutable_data<T>(x);
+    T* const rectified = out.has_value() ? mutable_data<T>(*out) : nullptr;
+    const T* const added = shortcut.has_value() ? data<T>(*shortcut) : nullptr;
+    normalize(Step<T>{division_of<T>(shape, {y, rectified, added}),
+                      {y, nullptr, nullptr, nullptr, added, rectified},
+                      vectors.channels(statistics, weight, bias, eps),
+                      activation,
+                      parameter_of<Wide<T>>(param)},
               launcher(x));
   });
 }
 
-std::tuple<Tensor, Tensor> sums_cuda(const Tensor& grad, const Tensor& y, const Given& weight, const Given& bias,
-                                     double eps, const std::string& activation, double param) {
+void normalize_cuda(const Tensor& x, const Tensor& statistics, const Given& weight, const Given& bias, double eps,
+                    const std::string& activation, double param) {
+  STD_TORCH_CHECK(activation != "relu", "normalize_relu_ serves the activation relu");
+  normalize_any(x, statistics, weight, bias, eps, activation_of(activation), param, std::nullopt, std::nullopt);
+}
+
+Tensor normalize_relu_cuda(const Tensor& x, const Tensor& statistics, const Given& weight, const Given& bias,
+                           const Given& shortcut, double eps) {
+  const Tensor out = torch::stable::empty_like(x);
+  const Activation activation = shortcut.has_value() ? Activation::ADD_RELU : Activation::RELU;
+  normalize_any(x, statistics, weight, bias, eps, activation, 1, shortcut, out);
+  return out;
+}
+
+// sums, or with a shortcut sums_add_relu, which writes dz as well.
+std::tuple<Tensor, Tensor> sums_any(const Tensor& grad, const Tensor& y, const Given& weight, const Given& bias,
+                                    double eps, Activation activation, double param, const Given& shortcut,
+                                    const Given& dz) {
   const Shape shape = shape_of(y);
-  check_like(y, grad);
+  check_like(y, grad, "grad");
+  if (shortcut.has_value()) check_like(y, *shortcut, "shortcut");
   const DeviceGuard guard(y.get_device_index());
   return dispatch(y, [&](auto type) -> std::tuple<Tensor, Tensor> {
     using T = typename decltype(type)::T;
     using W = Wide<T>;
     Vectors<T> vectors(y);
-    const Division division = division_of<T>(shape, {grad.const_data_ptr(), y.const_data_ptr()});
+    T* const masked = dz.has_value() ? mutable_data<T>(*dz) : nullptr;
+    const T* const added = shortcut.has_value() ? data<T>(*shortcut) : nullptr;
+    const Division division = division_of<T>(shape, {grad.const_data_ptr(), y.const_data_ptr(), masked, added});
     const Tensor scratch = empty_wide<T>(y, scratch_size(division));
-    Tensor sum_dz = empty_wide<T>(y, shape.channels), sum_dz_xhat = empty_wide<T>(y, shape.channels);
+    Tensor result = empty_wide<T>(y, 2 * static_cast<int64_t>(shape.channels));
+    Tensor dweight = empty_wide<T>(y, shape.channels);
     sums(Step<T>{division,
-                 {nullptr, data<T>(grad), data<T>(y), nullptr},
-                 {nullptr, nullptr, vectors(weight), vectors(bias), nullptr, nullptr, static_cast<W>(eps)},
-                 activation_of(activation),
+                 {nullptr, data<T>(grad), data<T>(y), masked, added, nullptr},
+                 vectors.channels(std::nullopt, weight, bias, eps),
+                 activation,
                  parameter_of<W>(param)},
-         mutable_data<W>(scratch), mutable_data<W>(sum_dz), mutable_data<W>(sum_dz_xhat), launcher(y));
-    return {sum_dz, sum_dz_xhat};
+         mutable_data<W>(scratch), mutable_data<W>(result), mutable_data<W>(dweight), launcher(y));
+    return {result, dweight};
   });
 }
 
-Tensor gradient_cuda(const Tensor& grad, const Tensor& y, const Tensor& var, const Given& weight, const Given& bias,
-                     const Tensor& mean_dz, const Tensor& mean_dz_xhat, double eps, const std::string& activation,
+std::tuple<Tensor, Tensor> sums_cuda(const Tensor& grad, const Tensor& y, const Given& weight, const Given& bias,
+                                     double eps, const std::string& activation, double param) {
+  return sums_any(grad, y, weight, bias, eps, activation_of(activation), param, std::nullopt, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor, Tensor> sums_add_relu_cuda(const Tensor& grad, const Tensor& z, const Tensor& shortcut,
+                                                      const Given& weight, const Given& bias, double eps) {
+  const Tensor dz = torch::stable::empty_like(z);
+  const auto [result, dweight] = sums_any(grad, z, weight, bias, eps, Activation::ADD_RELU, 1, shortcut, dz);
+  return {result, dweight, dz};
+}
+
+Tensor gradient_cuda(const Tensor& grad, const Tensor& y, const Tensor& statistics, const Given& sums,
+                     const Given& weight, const Given& bias, double eps, const std::string& activation,
                      double param) {
   const Shape shape = shape_of(y);
-  check_like(y, grad);
+  check_like(y, grad, "grad");
+  STD_TORCH_CHECK(!sums.has_value() || statistics.numel() == 2 * y.size(1) + 1,
+                  "means need the number of elements at the end of the statistics");
   const DeviceGuard guard(y.get_device_index());
   Tensor result = torch::stable::empty_like(y);
   dispatch(y, [&](auto type) {
     using T = typename decltype(type)::T;
-    using W = Wide<T>;
     Vectors<T> vectors(y);
     T* const dx = mutable_data<T>(result);
     gradient(Step<T>{division_of<T>(shape, {grad.const_data_ptr(), y.const_data_ptr(), dx}),
-                     {nullptr, data<T>(grad), data<T>(y), dx},
-                     {nullptr, vectors(var), vectors(weight), vectors(bias), vectors(mean_dz),
-                      vectors(mean_dz_xhat), static_cast<W>(eps)},
+                     {nullptr, data<T>(grad), data<T>(y), dx, nullptr, nullptr},
+                     vectors.channels(statistics, weight, bias, eps, sums),
                      activation_of(activation),
-                     parameter_of<W>(param)},
+                     parameter_of<Wide<T>>(param)},
              launcher(y));
   });
   return result;
@@ -238,7 +319,10 @@ Tensor gradient_cuda(const Tensor& grad, const Tensor& y, const Tensor& var, con
 
 STABLE_TORCH_LIBRARY_IMPL(libs, CUDA, library) {
   library.impl("statistics", TORCH_BOX(&statistics_cuda));
+  library.impl("merge_statistics", TORCH_BOX(&merge_statistics_cuda));
   library.impl("normalize_", TORCH_BOX(&normalize_cuda));
+  library.impl("normalize_relu_", TORCH_BOX(&normalize_relu_cuda));
   library.impl("sums", TORCH_BOX(&sums_cuda));
+  library.impl("sums_add_relu", TORCH_BOX(&sums_add_relu_cuda));
   library.impl("gradient", TORCH_BOX(&gradient_cuda));
 }

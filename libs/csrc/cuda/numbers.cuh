@@ -66,8 +66,16 @@ __device__ inline float exp_minus_1(float x) { return expm1f(x); }
 __device__ inline double exp_minus_1(double x) { return expm1(x); }
 __device__ inline float log_of_1_plus(float x) { return log1pf(x); }
 __device__ inline double log_of_1_plus(double x) { return log1p(x); }
-__device__ inline float epsilon(float) { return 1.1920928955078125e-7f; }  // of 1, as in std::numeric_limits
-__device__ inline double epsilon(double) { return 2.220446049250313e-16; }
+
+// A distance from 1 that is about lost when T rounds, and that Wide<T> can subtract from 1.
+template <typename T>
+constexpr float ROUNDING = 0x1p-24f;
+template <>
+constexpr double ROUNDING<double> = 0x1p-53;
+template <>
+constexpr float ROUNDING<Half> = 0x1p-12f;
+template <>
+constexpr float ROUNDING<BFloat16> = 0x1p-9f;
 
 template <typename T>
 __host__ __device__ constexpr T smaller(T a, T b) {

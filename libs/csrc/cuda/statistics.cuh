@@ -68,13 +68,58 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) statistics_kernel(Division 
   keep(d, work, shared, mine, scratch);
 }
 
+// Running statistics, which move towards those of a batch; or null.
+template <typename W>
+struct Running {
+  W *mean, *var;
+  W momentum;
+
+  __device__ void update(int channel, W batch_mean, W batch_var, W count) const {
+    if (mean == nullptr) return;
+    mean[channel] = moved(mean[channel], batch_mean);
+    var[channel] = moved(var[channel], batch_var * count / (count - 1));
+  }
+  __device__ W moved(W from, W to) const {  // as Tensor.lerp_ computes it
+    return momentum < W(0.5) ? from + momentum * (to - from) : to - (to - from) * (1 - momentum);
+  }
+};
+
+// result: means, variances and the number of elements of a channel, 2 channels + 1.
+template <typename W>
+__device__ void publish(int channel, int channels, W mean, W var, W count, const Running<W>& running, W* result) {
+  result[channel] = mean;
+  result[channels + channel] = var;
+  if (channel == 0) result[2 * channels] = count;
+  running.update(channel, mean, var, count);
+}
+
 template <typename W>
 __global__ void __launch_bounds__(THREADS, RESIDENT)
-    join_statistics_kernel(Division d, const W* scratch, W* mean, W* var) {
+    join_statistics_kernel(Division d, const W* scratch, Running<W> running, W* result) {
   join_partials<Moments<W, 1>>(d, scratch, [&](int channel, const Moments<W, 1>& all) {
-    mean[channel] = all.mean[0];
-    var[channel] = all.squares[0] / all.count;
+    const W count = static_cast<W>(d.shape.outer * d.shape.inner);
+    publish(channel, d.shape.channels, all.mean[0], all.squares[0] / all.count, count, running, result);
   });
+}
+
+// The statistics of a batch from those of its parts (count, 2 channels + 1).
+template <typename W>
+__global__ void __launch_bounds__(THREADS, RESIDENT)
+    merge_statistics_kernel(const W* parts, int count, int channels, Running<W> running, W* result) {
+  const int channel = static_cast<int>(blockIdx.x) * THREADS + static_cast<int>(threadIdx.x);
+  if (channel >= channels) return;
+  const auto number = [&](int part, int i) { return parts[static_cast<Index>(part) * (2 * channels + 1) + i]; };
+  W total = 0, mean = 0, var = 0;
+  for (int part = 0; part < count; ++part) {
+    total += number(part, 2 * channels);
+    mean += number(part, channel) * number(part, 2 * channels);
+  }
+  mean /= total;
+  for (int part = 0; part < count; ++part) {
+    const W delta = number(part, channel) - mean;
+    var += (number(part, channels + channel) + delta * delta) * number(part, 2 * channels);
+  }
+  publish(channel, channels, mean, var / total, total, running, result);
 }
 
 }  // namespace libs::cuda

@@ -1,4 +1,4 @@
-// The four steps as sequences of launches, without any call to CUDA: the caller gives
+// The steps as sequences of launches, without any call to CUDA: the caller gives
 // launch(blocks, threads, bytes of shared memory, kernel, arguments...), so that the tests run the same
 // sequences on a CPU.
 #pragma once
@@ -42,6 +42,8 @@ void with_constants(const Step<T>& step, Run run) {
   with_vector<T>(step.division, [&](auto vector) {
     if (step.activation == Activation::LEAKY_RELU) return run(Phi<Activation::LEAKY_RELU>{}, vector);
     if (step.activation == Activation::ELU) return run(Phi<Activation::ELU>{}, vector);
+    if (step.activation == Activation::RELU) return run(Phi<Activation::RELU>{}, vector);
+    if (step.activation == Activation::ADD_RELU) return run(Phi<Activation::ADD_RELU>{}, vector);
     run(Phi<Activation::IDENTITY>{}, vector);
   });
 }
@@ -60,14 +62,20 @@ int bytes_of_join(int threads) {
 inline Index joining_blocks(const Division& d) { return ceil_div(d.shape.channels, JOIN_COLUMNS); }
 
 template <typename T, typename Launch>
-void statistics(const Division& d, const T* x, Wide<T>* scratch, Wide<T>* mean, Wide<T>* var, Launch launch) {
+void statistics(const Division& d, const T* x, Wide<T>* scratch, const Running<Wide<T>>& running, Wide<T>* result,
+                Launch launch) {
   using W = Wide<T>;
   with_vector<T>(d, [&](auto vector) {
     constexpr int V = decltype(vector)::VALUE;
     launch(d.blocks(), d.threads(), bytes_of_join<Moments<W, V>>(d.threads()), statistics_kernel<T, V>, d, x, scratch);
   });
   launch(joining_blocks(d), THREADS, bytes_of_join<Moments<W, 1>>(THREADS), join_statistics_kernel<W>, d,
-         static_cast<const W*>(scratch), mean, var);
+         static_cast<const W*>(scratch), running, result);
+}
+
+template <typename W, typename Launch>
+void merge_statistics(const W* parts, int count, int channels, const Running<W>& running, W* result, Launch launch) {
+  launch(ceil_div(channels, THREADS), THREADS, 0, merge_statistics_kernel<W>, parts, count, channels, running, result);
 }
 
 template <typename T, typename Launch>
@@ -81,7 +89,7 @@ void normalize(const Step<T>& step, Launch launch) {
 }
 
 template <typename T, typename Launch>
-void sums(const Step<T>& step, Wide<T>* scratch, Wide<T>* sum_dz, Wide<T>* sum_dz_xhat, Launch launch) {
+void sums(const Step<T>& step, Wide<T>* scratch, Wide<T>* result, Wide<T>* dweight, Launch launch) {
   using W = Wide<T>;
   const Division& d = step.division;
   with_constants(step, [&](auto phi, auto vector) {
@@ -91,14 +99,15 @@ void sums(const Step<T>& step, Wide<T>* scratch, Wide<T>* sum_dz, Wide<T>* sum_d
            sums_kernel<decltype(phi)::VALUE, T, V>, d, step.maps, step.channels, step.phi, scratch);
   });
   launch(joining_blocks(d), THREADS, bytes_of_join<Sums<W, 1>>(THREADS), join_sums_kernel<W>, d,
-         static_cast<const W*>(scratch), step.channels, sum_dz, sum_dz_xhat);
+         static_cast<const W*>(scratch), step.channels, result, dweight);
 }
 
 template <typename T, typename Launch>
 void gradient(const Step<T>& step, Launch launch) {
   const Division& d = step.division;
   with_constants(step, [&](auto phi, auto vector) {
-    launch(d.blocks(), d.threads(), bytes_of_coefficients<Wide<T>>(d, 4),
+    // With a shortcut, sums has written dz, and the rest is IDENTITY.
+    if constexpr (decltype(phi)::VALUE != Activation::ADD_RELU) launch(d.blocks(), d.threads(), bytes_of_coefficients<Wide<T>>(d, 4),
            gradient_kernel<decltype(phi)::VALUE, T, decltype(vector)::VALUE>, d, step.maps, step.channels,
            step.phi);
   });

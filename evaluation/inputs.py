@@ -1,0 +1,90 @@
+"""Pictures and videos that a user names, and what their predictions are called."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dataset import DataError
+from dataset.source import IMAGE_SUFFIXES
+from evaluation.video import VIDEO_SUFFIXES
+from utils.arguments import UsageError
+
+FOLDERS = ("colour", "ids", "overlay", "attention")  # within the output folder
+
+
+class InputFile(NamedTuple):
+    """A file to predict, and the name of its results: a path below their folder, without an ending."""
+
+    path: Path
+    name: str
+
+    @property
+    def is_video(self) -> bool:
+        return self.path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def find_inputs(inputs: Sequence[Path], output_dir: Path) -> list[InputFile]:
+    """The files of ``--input``; folders are searched with all below them, hidden files are passed over.
+
+    Results are named after the files, those of a folder by their path in it. Where several would have one
+    name, the ending becomes a part of it (``a_jpg``, ``a_png``), and if they still do, a number.
+
+    Raises:
+        DataError: no such input, a folder that is empty or without pictures.
+        UsageError: results would be written over their own input.
+    """
+    found: dict[Path, tuple[Path, str]] = {}  # by the real path: a file that is given twice is one
+    for path in inputs:
+        if path.is_dir():
+            if path.resolve() == output_dir.resolve():
+                raise UsageError(f"--output-dir {output_dir} is the input folder; give another one")
+            for file in _search(path, output_dir):
+                name = file.relative_to(path).with_suffix("").as_posix()
+                found.setdefault(file.resolve(), (file, name))
+        elif path.is_file():
+            found.setdefault(path.resolve(), (path, path.stem))
+        else:
+            raise DataError(f"{path}: no such input")
+    for real, (path, _) in found.items():
+        if any(real.is_relative_to((output_dir / folder).resolve()) for folder in FOLDERS):
+            raise UsageError(f"{path} lies where results of --output-dir {output_dir} go; give another one")
+    files = list(found.values())
+    return [InputFile(path, name) for (path, _), name in zip(files, _distinct(files), strict=True)]
+
+
+def _search(folder: Path, output_dir: Path) -> list[Path]:
+    results = [(output_dir / name).resolve() for name in FOLDERS]  # of an earlier call
+    suffixes = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
+    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    found = [
+        path
+        for path in files
+        if path.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not any(path.resolve().is_relative_to(result) for result in results)
+    ]
+    if not files:
+        raise DataError(f"{folder}: this folder is empty")
+    if not found:
+        raise DataError(
+            f"{folder}: no picture or video in this folder and those below it (.png, .jpg, .tif, .mp4 …)"
+        )
+    return found
+
+
+def _distinct(files: Sequence[tuple[Path, str]]) -> list[str]:
+    """Names of which no two are equal, also where file systems ignore the case."""
+    counts = Counter(name.casefold() for _, name in files)
+    used: set[str] = set()
+    names = []
+    for path, name in files:
+        if counts[name.casefold()] > 1:
+            name += "_" + path.suffix[1:].lower()
+        distinct, number = name, 1
+        while distinct.casefold() in used or (number > 1 and distinct.casefold() in counts):
+            number += 1
+            distinct = f"{name}_{number}"
+        used.add(distinct.casefold())
+        names.append(distinct)
+    return names

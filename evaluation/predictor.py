@@ -1,0 +1,307 @@
+"""One call from a picture to its classes: ``Predictor(checkpoint)(image)``."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dataset import DATASETS, LabelTable, Normalization, generic_table
+from evaluation.bands import Mean, Mirrored, Resized, Rows, Stored, Tiled, class_ids
+from evaluation.inference import tile_starts, with_autocast
+from networks import Segmenter, fold_norms, restore_model
+from utils.checkpoint import CheckpointError, load_checkpoint
+
+CITYSCAPES = DATASETS["cityscapes"].labels
+PUBLISHED_TILE = (769, 769)  # of a checkpoint that does not say what it was trained on
+WHOLE_PIXELS = 2**22  # larger pictures go through the network in tiles, see ``Predictor``
+BYTES_PER_PIXEL = 800  # of the network's largest activations in fp32, stated generously
+
+
+class PredictionError(RuntimeError):
+    """A network that predicts nothing: one line that gives the reason."""
+
+    exit_status = 1
+
+
+class Predictor:
+    """Pictures in, train ids out, by a checkpoint or a network.
+
+    A picture goes through the network whole if it has at most 2^22 pixels and half of the memory at hand is
+    enough; otherwise in overlapping tiles (the reference's test protocol). Memory beside the network's own:
+    the picture as floats, logits at an eighth of its size, and a band of rows of the full-size ones.
+
+    Args:
+        source: a checkpoint of ours, a state dict, or a network in memory.
+        device: "auto" (a GPU if there is one), or what ``torch.device`` takes.
+        scales: factors of the picture's size over which logits are averaged.
+        flip: average also over the mirrored picture.
+        amp: "bf16", "fp16", "off", or "auto": bf16 where the device has instructions for it.
+        whole: True or False decide between the two ways above; None leaves it to size and memory.
+        tile_size: (height, width) of the tiles; None: the training crop.
+        batch_size: pictures of a batch, or tiles of one picture, that go through the network together.
+        labels: names and colours of the classes, instead of the checkpoint's.
+        num_classes: of a checkpoint without class names: accept it, with numbers for names.
+
+    Attributes:
+        names: class names, by train id.
+        labels: the whole table: names, stored ids, colours.
+        clip: frames of the clips that the network was trained on; 1 for images.
+
+    Raises:
+        CheckpointError: a checkpoint that cannot be read, makes no network, or names no classes.
+    """
+
+    def __init__(
+        self,
+        source: Path | str | nn.Module,
+        device: torch.device | str = "auto",
+        *,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        amp: str = "auto",
+        whole: bool | None = None,
+        tile_size: tuple[int, int] | None = None,
+        batch_size: int = 4,
+        labels: LabelTable | None = None,
+        num_classes: int | None = None,
+    ) -> None:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if not scales or not all(scale > 0 for scale in scales):
+            raise ValueError(f"scales must be positive; got {scales}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        self.device = torch.device(device)
+        self.scales, self.flip, self.amp, self.whole = tuple(scales), flip, amp, whole
+        self.batch_size = batch_size
+        self._goes_whole: dict[int, bool] = {}
+        if isinstance(source, nn.Module):
+            model, trained = cast(Segmenter, source), (PUBLISHED_TILE, 1)
+            classes = model.head.classifier.out_channels
+            self.labels = labels or (CITYSCAPES if classes == 19 else generic_table(classes))
+        else:
+            path = Path(source)
+            contents = load_checkpoint(path)
+            model, config = restore_model(contents, path)
+            trained = _trained_on(contents, path)
+            self.labels = labels or labels_of(contents, path, config.num_classes, num_classes)
+        backbone = model.backbone
+        self.normalization = Normalization(backbone.mean, backbone.std, backbone.channel_order)
+        self.tile_size, self.clip = tile_size or trained[0], trained[1]
+        # Normalisation layers cost nothing once they are part of the convolutions.
+        self.network = fold_norms(model).to(self.device)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.labels.names
+
+    def colour(self, ids: np.ndarray) -> np.ndarray:
+        """Train ids (H,W) → (H,W,3) uint8 RGB."""
+        return self.labels.colour(ids)
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Picture (H,W,3) uint8 RGB, or clip (T,H,W,3) → train ids (H,W) or (T,H,W), uint8.
+
+        Raises:
+            ValueError: another shape or type.
+            PredictionError: the network's output is not finite.
+        """
+        return self.predict_batch([image])[0]
+
+    @torch.inference_mode()
+    def predict_batch(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Pictures, or clips, of one size → the ids of each; as many as fit go through the network together.
+
+        Raises:
+            ValueError: another type, or different shapes.
+            PredictionError: the network's output is not finite.
+        """
+        for image in images:
+            _check(image)
+            if image.shape != images[0].shape:
+                raise ValueError(f"a batch has images of one shape; got {images[0].shape} and {image.shape}")
+        results: list[np.ndarray] = []
+        together = self._together(images[0].shape) if images else 1
+        for start in range(0, len(images), together):
+            batch = images[start : start + together]
+            ids = class_ids(self._logits(self._normalized(batch))).cpu().numpy()
+            results += list(ids.reshape(len(batch), *images[0].shape[:-1]))
+        return results
+
+    def goes_whole(self, pixels: int) -> bool:
+        """Whether a picture of so many pixels, or a clip of so many in all its frames, goes whole."""
+        if self.whole is not None:
+            return self.whole
+        if pixels not in self._goes_whole:  # decided once: the answer must not change from picture to picture
+            memory = available_memory(self.device)
+            fits = pixels <= WHOLE_PIXELS and pixels * BYTES_PER_PIXEL <= memory / 2
+            self._goes_whole[pixels] = fits
+        return self._goes_whole[pixels]
+
+    def _together(self, shape: tuple[int, ...]) -> int:
+        """How many pictures or clips of a shape go through the network at once."""
+        pixels = int(np.prod(shape[:-1]) * max(1.0, *self.scales) ** 2)
+        if not self.goes_whole(pixels):
+            return 1
+        fitting = min(WHOLE_PIXELS, available_memory(self.device) / (2 * BYTES_PER_PIXEL)) / pixels
+        return max(min(self.batch_size, int(fitting)), 1)
+
+    def _normalized(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Pictures → (B,3,H,W), clips → (B,3,T,H,W); some rows at a time, so that no further copy is held."""
+        *frames, height, width, _ = images[0].shape
+        inputs = torch.empty(len(images), 3, *frames, height, width)
+        for image, target in zip(images, inputs, strict=True):
+            clip = target.unsqueeze(1) if image.ndim == 3 else target
+            for t, frame in enumerate(image[None] if image.ndim == 3 else image):
+                for top in range(0, height, 256):
+                    rows = slice(top, top + 256)
+                    clip[:, t, rows] = torch.from_numpy(self.normalization(frame[rows]))
+        return inputs
+
+    def _logits(self, inputs: Tensor) -> Rows:
+        size = inputs.shape[-2], inputs.shape[-1]
+        maps: list[Rows] = []
+        for scale in self.scales:
+            scaled = max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+            for mirrored in (False, True) if self.flip else (False,):
+                view = _resize(inputs, scaled)
+                logits = self._view_logits(view.flip(-1) if mirrored else view)
+                logits = Mirrored(logits, self.labels.mirror_pairs) if mirrored else logits
+                maps.append(Resized(logits, size))
+        return Mean(maps)
+
+    def _view_logits(self, view: Tensor) -> Rows:
+        size = view.shape[-2], view.shape[-1]
+        frames = view.shape[2] if view.dim() == 5 else 1
+        if self.goes_whole(frames * size[0] * size[1]):
+            return Resized(Stored(self._run(view)), size)
+        height, width = (max(sides) for sides in zip(size, self.tile_size, strict=True))
+        # Missing pixels are 0, the mean colour.
+        view = F.pad(view, (0, width - size[1], 0, height - size[0]))
+        tile_height, tile_width = self.tile_size
+        corners = [
+            (top, left) for top in tile_starts(height, tile_height) for left in tile_starts(width, tile_width)
+        ]
+        tiles: list[tuple[Rows, int, int]] = []
+        together = max(self.batch_size // (len(view) * frames), 1)
+        for start in range(0, len(corners), together):
+            group = corners[start : start + together]
+            windows = [view[..., y : y + tile_height, x : x + tile_width] for y, x in group]
+            logits = self._run(torch.cat(windows)).split(len(view) * frames)
+            for part, (top, left) in zip(logits, group, strict=True):
+                tiles.append((Resized(Stored(part), self.tile_size), top, left))
+        return Tiled(tiles, size)
+
+    def _run(self, inputs: Tensor) -> Tensor:
+        """The network's logits (B·T,N,h,w) in fp32."""
+        memory_format = torch.channels_last if inputs.dim() == 4 else torch.channels_last_3d
+        inputs = inputs.to(self.device).contiguous(memory_format=memory_format)
+        logits = with_autocast(lambda x: self.network(x)["out"], self.amp, self.device)
+        out = logits(inputs).float()
+        if not out.sum().isfinite():
+            raise PredictionError("the network's output is not finite; its weights are damaged")
+        return out
+
+
+def labels_of(
+    contents: Mapping[str, Any], path: Path, classes: int, num_classes: int | None = None
+) -> LabelTable:
+    """The classes that a checkpoint names.
+
+    Checkpoints from before they held names tell their data set; a plain state dict of 19 classes is taken
+    for Cityscapes.
+
+    Args:
+        classes: the network's.
+        num_classes: given for a checkpoint without names, which then get numbers.
+
+    Raises:
+        CheckpointError: no names, or a table that does not fit the network.
+    """
+    data, settings = contents.get("data"), contents.get("settings")
+    table: LabelTable | None = None
+    if isinstance(data, Mapping) and "names" in data:
+        try:
+            table = _table_from(data)
+        except (TypeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path}: its table of classes is damaged ({error})") from None
+    elif isinstance(settings, Mapping) and settings.get("dataset") in DATASETS:
+        table = DATASETS[str(settings["dataset"])].labels
+    elif isinstance(settings, Mapping) and settings.get("dataset") == "list":
+        table = generic_table(classes)
+    elif num_classes is None and classes == CITYSCAPES.num_classes:
+        table = CITYSCAPES
+    found = classes if table is None else table.num_classes
+    if num_classes not in (None, classes):
+        raise CheckpointError(f"{path}: has {classes} classes, not the {num_classes} of --num-classes")
+    if table is None and num_classes is None:
+        raise CheckpointError(
+            f"{path}: holds no class names; --num-classes {classes} (num_classes={classes}) uses numbers"
+        )
+    if found != classes:
+        raise CheckpointError(f"{path}: names {found} classes, but its network has {classes}")
+    return table or generic_table(classes)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated: of a GPU, or of this machine and the control group (container)."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    bounds = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        bounds += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        if limit != "max":
+            bounds.append(int(limit) - int((group / "memory.current").read_text(encoding="ascii")))
+    except (OSError, ValueError):
+        pass  # another system
+    if not bounds and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        bounds.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    return max(min(bounds, default=2**32), 0)
+
+
+def _table_from(data: Mapping[str, Any]) -> LabelTable:
+    names = tuple(str(name) for name in data["names"])
+    palette = tuple((int(red), int(green), int(blue)) for red, green, blue in data["palette"])
+    pairs = tuple((int(left), int(right)) for left, right in data.get("mirror_pairs", ()))
+    ids = tuple(int(value) for value in data.get("ids", range(len(names))))
+    return LabelTable(names, ids, palette, mirror_pairs=pairs)
+
+
+def _trained_on(contents: Mapping[str, Any], path: Path) -> tuple[tuple[int, int], int]:
+    """The training crop, which is the tile of the sliding window, and the frames of a clip."""
+    recipe = contents.get("recipe", contents.get("settings", {}))
+    try:
+        height, width = recipe.get("input_size", PUBLISHED_TILE)
+        size, clip = (int(height), int(width)), int(recipe.get("clip", 1))
+        if min(*size, clip) < 1:
+            raise ValueError(f"input_size {size}, clip {clip}")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its settings are damaged ({error})") from None
+    return size, clip
+
+
+def _check(image: np.ndarray) -> None:
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"image must be a numpy array of uint8; got {kind}")
+    if image.ndim not in (3, 4) or image.shape[-1] != 3 or 0 in image.shape:
+        raise ValueError(f"image must be (H,W,3) or, for a clip, (T,H,W,3); got shape {image.shape}")
+
+
+def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images (B,3,H,W) or clips (B,3,T,H,W), bilinearly and with corners aligned."""
+    if images.shape[-2:] == size:
+        return images
+    if images.dim() == 5:
+        return _resize(images.flatten(0, 1), size).unflatten(0, images.shape[:2])
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=True)

@@ -1,0 +1,165 @@
+"""Videos: frames in, and frames out as an .mp4 that common players open."""
+
+import importlib
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from dataset import DataError
+from utils.arguments import OutputError
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
+NO_H264 = (
+    "no ffmpeg was found, so videos are MPEG-4 Part 2, which VLC and the like play but browsers do not; "
+    "pip install imageio-ffmpeg gives H.264"
+)
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong with a file is said here, once
+
+
+class VideoReader:
+    """The frames of a video, turned upright as its metadata say.
+
+    Attributes:
+        frames: how many there should be; 0: not known.
+        rate: frames a second.
+
+    Raises:
+        DataError: not a video that can be decoded.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+        if not self._capture.isOpened():
+            raise DataError(f"{path}: this video cannot be decoded")
+        frames, rate = self._capture.get(cv2.CAP_PROP_FRAME_COUNT), self._capture.get(cv2.CAP_PROP_FPS)
+        self.frames = max(int(frames), 0) if math.isfinite(frames) else 0
+        self.rate = Fraction(rate).limit_denominator(1001) if 0 < rate < 1000 else Fraction(25)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """(H,W,3) uint8 RGB of each frame, in order.
+
+        Raises:
+            DataError: after the last frame, if there are clearly fewer than the file says.
+        """
+        read = 0
+        try:
+            while True:
+                decoded, frame = self._capture.read()
+                if not decoded:
+                    break
+                read += 1
+                yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        finally:
+            self._capture.release()
+        # Containers that hold no exact number estimate it.
+        if read == 0 or read < 0.95 * self.frames - 2:
+            raise DataError(f"{self.path}: only {read} of this video's {self.frames} frames can be decoded")
+
+
+def find_ffmpeg() -> str | None:
+    """The program ffmpeg: that of the package imageio-ffmpeg, or of the system; None if there is neither."""
+    with suppress(ImportError, RuntimeError):
+        return str(importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe())
+    return shutil.which("ffmpeg")
+
+
+class VideoWriter:
+    """An .mp4: H.264 by ffmpeg where there is one, otherwise MPEG-4 Part 2 by OpenCV.
+
+    It is written under a temporary name and gets its own by ``close``. Sides of odd length are repeated once
+    at their end, since the players' colour format needs even ones.
+
+    Raises:
+        OutputError: (also ``write`` and ``close``) it cannot be written.
+    """
+
+    def __init__(self, path: Path, size: tuple[int, int], rate: Fraction, ffmpeg: str | None) -> None:
+        self.path, self._temporary = path, path.with_name(f".{path.name}.tmp.mp4")
+        height, width = (side + side % 2 for side in size)
+        self._padding = ((0, height - size[0]), (0, width - size[1]), (0, 0))
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: Any = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary.touch()
+        except OSError as error:
+            raise OutputError(f"{path}: cannot write this video ({error.strerror})") from None
+        if ffmpeg is None:
+            code = cv2.VideoWriter.fourcc(*"mp4v")
+            self._writer = cv2.VideoWriter(
+                str(self._temporary), cv2.CAP_FFMPEG, code, float(rate), (width, height)
+            )
+            if not self._writer.isOpened():
+                self._fail("OpenCV cannot encode it")
+            return
+        self._process = subprocess.Popen(
+            [
+                *(ffmpeg, "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"),
+                *("-s", f"{width}x{height}", "-r", str(rate), "-i", "-", "-an"),
+                *("-c:v", "libx264", "-preset", "veryfast", "-crf", "20", "-pix_fmt", "yuv420p"),
+                *("-movflags", "+faststart", str(self._temporary)),
+            ],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C must not end it before the frames that are done are in the file
+        )
+
+    def write(self, frame: np.ndarray) -> None:
+        """Add a frame, (H,W,3) uint8 RGB."""
+        frame = np.pad(frame, self._padding, mode="edge")
+        if self._process is None:
+            self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+            return
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(frame.tobytes())
+        except OSError:  # it has ended
+            self._fail(self._end_process())
+
+    def close(self) -> None:
+        """Complete the file and give it its name."""
+        if self._process is None:
+            self._writer.release()
+        elif reason := self._end_process():
+            self._fail(reason)
+        try:
+            if not self._temporary.stat().st_size:
+                self._fail("nothing was written, is the disk full?")
+            self._temporary.replace(self.path)
+        except OSError as error:
+            self._fail(error.strerror)
+
+    def discard(self) -> None:
+        """End without a file."""
+        if self._process is not None:
+            self._end_process()
+        elif self._writer is not None:
+            self._writer.release()
+        self._temporary.unlink(missing_ok=True)
+
+    def _end_process(self) -> str:
+        """Wait for ffmpeg; returns what went wrong, or nothing."""
+        assert self._process is not None
+        try:
+            _, errors = self._process.communicate()
+        except (OSError, ValueError):  # its input is closed already
+            errors = b""
+            self._process.wait()
+        if not self._process.returncode:
+            return ""
+        lines = errors.decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"ffmpeg ended with status {self._process.returncode}"
+
+    def _fail(self, reason: str | None) -> None:
+        self._temporary.unlink(missing_ok=True)
+        raise OutputError(f"{self.path}: cannot write this video ({reason})")

@@ -1,0 +1,412 @@
+"""Export a checkpoint: ONNX (.onnx), torch.export (.pt2), or weights under another code's names (.pth).
+
+What was written is run beside the network on pictures of two sizes, and kept only where their classes agree.
+"""
+
+from utils import startup
+
+startup.prepare()  # before imports that take seconds
+
+import copy
+import hashlib
+import importlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cc_attention import CrissCrossAttention, reference
+from dataset import DATASETS, DataError, LabelTable, Normalization, generic_table
+from dataset.demo import draw_scene
+from networks import NetworkConfig, Segmenter, fold_norms, load_model, mmsegmentation, restore_model
+from networks.names import REFERENCE, difference
+from training.recipes import CITYSCAPES
+from training.resumption import saved_recipe
+from training.snapshots import find_checkpoint
+from utils.arguments import OutputError, Parser, UsageError, add_flags, run_script, take_flags
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.fields import setting
+
+OPSET = 18  # onnxruntime takes it since version 1.14; files have IR version 10, which 1.18 reads
+CHECKED_SIZES = ((1, 97, 161), (2, 136, 184))  # batch, height, width; the network is traced at another
+TRACED_SIZE = (2, 105, 145)
+LEAST_AGREEMENT = 0.999  # of the predicted classes
+
+# (images, float32 or uint8) → logits or ids
+Runner = Callable[[Tensor], Tensor]
+
+
+class ExportError(RuntimeError):
+    """A file that cannot be written, or does not compute what the network does."""
+
+    exit_status = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What is exported, and how; ``export.py`` makes a flag of each field."""
+
+    restore_from: Path = setting(
+        None, "checkpoint, or a folder to take the newest from", group="network", required=True
+    )
+    recurrence: int | None = setting(
+        None, "rounds R of criss-cross attention (default: the checkpoint's)", group="network", min=0
+    )
+    dataset: str | None = setting(
+        None, "whose names and colours classes have, where the checkpoint has none", group="network",
+        choices=lambda: tuple(DATASETS),
+    )  # fmt: skip
+    num_classes: int | None = setting(
+        None, "instead of --dataset: classes without names", group="network", min=1, max=255
+    )
+    output: Path = setting(
+        None, "file to write: .onnx, .pt2, or .pth with --names", group="export", required=True
+    )
+    full: bool = setting(
+        False,
+        "RGB pictures (B,H,W,3) uint8 in, class ids (B,H,W) uint8 out; default: normalised images (B,3,H,W) "
+        "in, logits (B,N,~H/8,~W/8) out",
+        group="export",
+    )
+    names: str | None = setting(
+        None, "write weights that another code loads", group="export", choices=("reference", "mmsegmentation")
+    )
+
+    def __post_init__(self) -> None:
+        ending = self.output.suffix
+        if ending not in (".onnx", ".pt2", ".pth"):
+            raise UsageError(f"--output {self.output}: the ending must be .onnx, .pt2, or .pth with --names")
+        if ending == ".pth" and self.names is None:
+            raise UsageError("--output with .pth needs --names: whose names the weights are to have")
+        if ending != ".pth" and self.names is not None:
+            raise UsageError(f"--names {self.names} writes weights; --output must end with .pth")
+        if self.names and self.full:
+            raise UsageError("--full is for .onnx and .pt2; weights have no pre- and post-processing")
+        if self.dataset and self.num_classes:
+            raise UsageError("--dataset and --num-classes exclude each other")
+
+
+def parse_args(argv: list[str] | None = None) -> ExportOptions:
+    parser = Parser(__doc__)
+    add_flags(parser, ExportOptions)
+    try:
+        return ExportOptions(**take_flags(ExportOptions, parser.parse_args(argv)))
+    except UsageError as error:
+        parser.error(str(error))
+
+
+def main() -> None:
+    options = parse_args()
+    if options.output.suffix == ".onnx":
+        import_onnx()
+    path = find_checkpoint(options.restore_from)
+    contents = load_checkpoint(path)
+    refuse_clips(contents, path)
+    given = {} if options.recurrence is None else {"recurrence": options.recurrence}
+    model, config = restore_model(contents, path, **given)
+    labels = labels_of(contents, config, path, options)
+    output = options.output
+    if output.resolve() == path.resolve():
+        raise UsageError(f"--output {output} is the checkpoint itself")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = output.with_name(f".tmp_{output.name}")
+        temporary.touch()
+    except OSError as error:
+        raise OutputError(f"{output}: cannot write there ({error.strerror})") from None
+    try:
+        if options.names:
+            write_weights(options.names, model, config, labels, temporary)
+            check(Logits(model), Logits(load_model(temporary, **given)[0]), config, full=False)
+        else:
+            module = (Full if options.full else Logits)(fold_norms(model), config).eval()
+            write = write_onnx if output.suffix == ".onnx" else write_pt2
+            run = write(with_formula(module), metadata(config, labels, path, options.full), temporary)
+            check(module, run, config, options.full)
+        size = temporary.stat().st_size
+        temporary.replace(output)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"written to {output}, {size / 2**20:.1f} MiB")
+
+
+def refuse_clips(contents: dict[str, Any], path: Path) -> None:
+    """Networks over time are not exported: with one frame they would be other networks."""
+    recipe = saved_recipe(path, contents)[0] if contents.keys() & {"recipe", "settings"} else CITYSCAPES
+    if recipe.clip > 1:
+        raise ExportError(
+            f"{path}: was trained on clips of {recipe.clip} frames; "
+            "export.py writes networks of single images only"
+        )
+
+
+def labels_of(
+    contents: dict[str, Any], config: NetworkConfig, path: Path, options: ExportOptions
+) -> LabelTable:
+    """Names and colours of the classes: the checkpoint's, or what the command line says.
+
+    Raises:
+        DataError: there are none, or not as many as the network has classes.
+    """
+    count, data = config.num_classes, contents.get("data")
+    if options.dataset:
+        labels = DATASETS[options.dataset].labels
+    elif options.num_classes:
+        labels = generic_table(options.num_classes)
+    elif isinstance(data, dict) and {"names", "palette", "ids"} <= data.keys():
+        try:
+            labels = LabelTable(tuple(data["names"]), tuple(data["ids"]), tuple(map(tuple, data["palette"])))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path}: its class names are damaged ({error})") from None
+    elif named := mmsegmentation.class_names(contents):
+        names, palette = named
+        labels = LabelTable(names, tuple(range(len(names))), palette or generic_table(len(names)).palette)
+    else:
+        raise DataError(
+            f"{path}: holds no class names; give --dataset NAME for those of a known data set, "
+            f"or --num-classes {count}"
+        )
+    if labels.num_classes != count:
+        raise DataError(f"{path}: the network has {count} classes, not {labels.num_classes}")
+    return labels
+
+
+class Logits(nn.Module):
+    """Normalised images (B,3,H,W) → logits (B,N,~H/8,~W/8), fp32."""
+
+    def __init__(self, network: nn.Module, config: NetworkConfig | None = None) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)["out"]
+        return logits
+
+
+class Full(Logits):
+    """RGB pictures (B,H,W,3) uint8 → predicted train ids (B,H,W) uint8."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, config: NetworkConfig) -> None:
+        super().__init__(network)
+        self.flip, self.align_corners = config.channel_order == "BGR", config.align_corners
+        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.permute(0, 3, 1, 2).float()
+        x = ((x.flip(1) if self.flip else x) - self.mean) / self.std
+        logits = F.interpolate(
+            super().forward(x), images.shape[1:3], mode="bilinear", align_corners=self.align_corners
+        )
+        return logits.argmax(dim=1).to(torch.uint8)
+
+
+class Formula(nn.Module):
+    """A CrissCrossAttention in operations that every runtime has; the attention is stored whole."""
+
+    def __init__(self, layer: CrissCrossAttention) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        query, key, value = layer.query_conv(x), layer.key_conv(x), layer.value_conv(x)
+        return x + layer.gamma * reference.criss_cross_attention(query, key, value)
+
+
+def with_formula(module: Logits) -> Logits:
+    """A copy with ``Formula`` in the place of criss-cross attention; it shares the module's parameters."""
+    shared: dict[int, Any] = {id(x): x for x in (*module.parameters(), *module.buffers())}
+    changed = copy.deepcopy(module, shared)
+    for parent in list(changed.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, CrissCrossAttention):
+                setattr(parent, name, Formula(child))
+    return changed
+
+
+def metadata(config: NetworkConfig, labels: LabelTable, path: Path, full: bool) -> dict[str, str]:
+    """What a user of the file must know, as texts; lists are JSON."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    values: dict[str, Any] = {
+        "class_names": labels.names,
+        "colours": labels.palette,
+        "label_ids": labels.ids,
+        "mean": config.mean,
+        "std": config.std,
+        "channel_order": config.channel_order,
+        "model": config.model,
+        "backbone": config.backbone,
+        "recurrence": config.recurrence,
+        "align_corners": config.align_corners,
+        "input": "RGB (B,H,W,3) uint8" if full else "(channel - mean) / std, (B,3,H,W) float32",
+        "output": "class ids (B,H,W) uint8" if full else "logits (B,N,~H/8,~W/8) float32",
+        "checkpoint": path.name,
+        "checkpoint_sha256": digest,
+    }
+    return {
+        name: x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for name, x in values.items()
+    }
+
+
+def import_onnx() -> tuple[Any, Any]:
+    """onnx and onnxruntime, which most users do without.
+
+    Raises:
+        ExportError: a package is missing.
+    """
+    try:
+        importlib.import_module("onnxscript")
+        return importlib.import_module("onnx"), importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise ExportError(
+            f".onnx needs a package that is missing ({error.name}): pip install onnx onnxscript onnxruntime"
+        ) from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it the exporters keep their remarks, which no user can act on, to themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def traced_input(module: Logits) -> tuple[Tensor, dict[int, str]]:
+    """An input to trace, and the names of its axes that may have any length."""
+    batch, height, width = TRACED_SIZE
+    if isinstance(module, Full):
+        return torch.zeros(batch, height, width, 3, dtype=torch.uint8), {0: "batch", 1: "height", 2: "width"}
+    return torch.zeros(batch, 3, height, width), {0: "batch", 2: "height", 3: "width"}
+
+
+def cannot_export(error: Exception) -> ExportError:
+    """One line about an exporter's long message."""
+    reason = next(iter(str(error).splitlines()), "")
+    return ExportError(f"the network cannot be exported ({type(error).__name__}: {reason})")
+
+
+def write_onnx(module: Logits, described: dict[str, str], path: Path) -> Runner:
+    """Write ONNX; returns the file's function, as onnxruntime computes it on the CPU."""
+    onnx, onnxruntime = import_onnx()
+    images, axes = traced_input(module)
+    name = "ids" if isinstance(module, Full) else "logits"
+    with quiet():
+        try:
+            program = torch.onnx.export(
+                module,
+                (images,),
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=[name],
+                dynamic_shapes={"images": axes},
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(
+                f"the network cannot be written as ONNX ({str(error).splitlines()[0]})"
+            ) from None
+        assert program is not None
+        program.model.metadata_props.update(described)
+        program.save(path, external_data=False)
+        onnx.checker.check_model(str(path))
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+
+def write_pt2(module: Logits, described: dict[str, str], path: Path) -> Runner:
+    """Write a program of torch.export; returns the file's function. It needs PyTorch alone."""
+    images, axes = traced_input(module)
+    free = {axis: torch.export.Dim.AUTO for axis in axes}
+    with quiet(), torch.no_grad():
+        try:
+            program = torch.export.export(module, (images,), dynamic_shapes={"images": free})
+        except Exception as error:  # as above
+            raise cannot_export(error) from None
+        texts = {"metadata.json": json.dumps(described, indent=1, ensure_ascii=False)}
+        torch.export.save(program, path, extra_files=texts)
+        return torch.export.load(path).module()
+
+
+def write_weights(
+    names: str, model: Segmenter, config: NetworkConfig, labels: LabelTable, path: Path
+) -> None:
+    """Write a state dict that another code loads.
+
+    Raises:
+        ExportError: that code has no such network.
+    """
+    there = REFERENCE
+    if names == "mmsegmentation":
+        there = mmsegmentation.NETWORK | {
+            "backbone": "resnet50" if config.backbone == "resnet50" else "resnet101"
+        }
+    if differs := difference(config, there):
+        raise ExportError(f"--names {names}: its code has no such network; {differs}")
+    if names == "reference":
+        state = {name: x for name, x in model.state_dict().items() if not name.startswith("embedding.")}
+        save_checkpoint(dict(state), path)
+    else:
+        meta = {"dataset_meta": {"classes": labels.names, "palette": [list(x) for x in labels.palette]}}
+        save_checkpoint({"meta": meta, "state_dict": mmsegmentation.to_mmsegmentation(model)}, path)
+
+
+@torch.inference_mode()
+def check(network: nn.Module, exported: Runner, config: NetworkConfig, full: bool) -> None:
+    """Compare what was written with the network on synthetic streets of two sizes.
+
+    Raises:
+        ExportError: they predict other classes at more than a thousandth of the pixels.
+    """
+    normalization, rng = (
+        Normalization(config.mean, config.std, config.channel_order),
+        np.random.default_rng(0),
+    )
+    for batch, height, width in CHECKED_SIZES:
+        scenes = [draw_scene(rng, height, width)[0][..., ::-1] for _ in range(batch)]
+        if full:
+            images = torch.from_numpy(np.stack(scenes))
+        else:
+            images = torch.from_numpy(np.stack([normalization(scene) for scene in scenes]))
+        expected, got = network(images), exported(images)
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            raise ExportError(
+                f"the exported file gives {got.dtype} {tuple(got.shape)} "
+                f"instead of {expected.dtype} {tuple(expected.shape)}"
+            )
+        classes = (expected, got) if full else (expected.argmax(dim=1), got.argmax(dim=1))
+        agreement = float((classes[0] == classes[1]).double().mean())
+        line = f"{batch}×{height}×{width}: "
+        if not full:
+            difference, largest = float((got - expected).abs().max()), float(expected.abs().max())
+            line += f"largest difference {difference:.2g} of logits up to {largest:.3g}, "
+        print(f"{line}classes agree on {100 * agreement:.3f} % of the positions")
+        if not agreement >= LEAST_AGREEMENT:
+            raise ExportError(
+                f"the exported file predicts other classes than the network on {100 * (1 - agreement):.3g} % "
+                f"of the positions of {batch}×{height}×{width} pixels; it was not kept"
+            )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,1 @@
+"""Instance segmentation on COCO: torchvision's Mask R-CNN with recurrent criss-cross attention (table 8)."""

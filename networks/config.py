@@ -1,0 +1,76 @@
+"""Everything that decides a network, in one place: flags, checkpoints and build_model go by it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from networks.heads import HEADS
+from networks.layers import NORMS
+from networks.resnet import BACKBONES, STEMS
+from utils.fields import check_fields, from_dict, setting, to_dict
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """A network's settings; the defaults are the published network.
+
+    Raises (on construction):
+        ValueError: an unknown name, a number out of bounds, an option that the head does not take.
+    """
+
+    model: str = setting("ccnet", "the network, by its head", choices=HEADS)
+    num_classes: int = setting(19, "classes, the channels of the logits", min=1, max=255)
+    backbone: str = setting("resnet101", "the network's feature extractor", choices=BACKBONES)
+    stem: str = setting(
+        "deep",
+        "the backbone's first layers; deep: three 3x3 convolutions, plain: one 7x7, as torchvision has it, "
+        "v1c: the narrower three of mmsegmentation",
+        choices=STEMS,
+    )
+    contracted_dilation: bool = setting(
+        False, "the first block of a dilated stage has half the dilation, as in mmsegmentation"
+    )
+    recurrence: int = setting(2, "rounds R of criss-cross attention", min=0, head_option=True)
+    explicit_attention: bool = setting(
+        False, "store the attention map of model nonlocal: more memory, as published", head_option=True
+    )
+    norm: str = setting(
+        "auto",
+        "normalisation; auto: inplace_abn, on several GPUs its synchronised form, sync",
+        choices=lambda: ("auto", *NORMS),
+    )
+    mean: tuple[float, float, float] = setting(
+        (104.00698793, 116.66876762, 122.67891434),
+        "mean that is taken off the input's channels, in their order, in units of 0..255",
+    )
+    std: tuple[float, float, float] = setting(
+        (1.0, 1.0, 1.0), "what the input's channels are then divided by", exclusive_min=0
+    )
+    channel_order: str = setting("BGR", "order of the input's channels", choices=("BGR", "RGB"))
+    head_activation: str = setting(
+        "leaky_relu", "activation after the normalisation in the heads", choices=("leaky_relu", "relu")
+    )
+    auxiliary_channels: int = setting(
+        0, "width of the auxiliary head; 0: half of the channels that it sees", min=0
+    )
+    align_corners: bool = setting(True, "how predictions enlarge logits, whether corners stay corners")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            is_option = field.metadata.get("head_option") and field.name not in HEADS[self.model].options
+            if is_option and value != field.default:
+                takers = [name for name, head in HEADS.items() if field.name in head.options]
+                raise ValueError(
+                    f"{field.name}={value!r} is an option of {', '.join(takers)}; model {self.model} has none"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by name, as a checkpoint holds them."""
+        return to_dict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What ``to_dict`` returned; missing fields have their default, unknown ones are errors."""
+        return from_dict(cls, values)

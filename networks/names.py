@@ -1,0 +1,169 @@
+"""State dicts of other codes and ours: the reference's names, plain BatchNorm, torchvision's weights."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from libs import ABN
+from networks.folding import norm_pairs
+from networks.resnet import Backbone
+
+
+def use_reference_names(module: nn.Module) -> None:
+    """Store and load a module's entries under the names of its ``state_names``.
+
+    ``state_names`` maps attributes to the names they have in a state dict; "" leaves the attribute out.
+    The hooks are public and plain functions, so that they go along with copies, pickles and replicas.
+    """
+    module.register_state_dict_post_hook(_to_reference)
+    module.register_load_state_dict_pre_hook(_from_reference)
+
+
+def reference_name(module: nn.Module, name: str) -> str:
+    """The name in the state dict of an entry that is called ``name`` by the module's attributes."""
+    for attribute, stored in _state_names(module).items():
+        if name.startswith(attribute + "."):
+            rest = name[len(attribute) + 1 :]
+            return f"{stored}.{rest}" if stored else rest
+    return name
+
+
+def _own_name(module: nn.Module, name: str) -> str:
+    """The inverse of ``reference_name``."""
+    unnamed = None
+    for attribute, stored in _state_names(module).items():
+        if not stored:
+            unnamed = attribute
+        elif name.startswith(stored + "."):
+            return attribute + name[len(stored) :]
+    children = {child for child, _ in module.named_children()}
+    if unnamed is not None and name.split(".", 1)[0] not in children:
+        return f"{unnamed}.{name}"
+    return name
+
+
+def _state_names(module: nn.Module) -> dict[str, str]:
+    names: Any = module.state_names
+    return dict(names)
+
+
+def _to_reference(module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
+    for name in [name for name in state if name.startswith(prefix)]:
+        value = state.pop(name)  # and in again, so that the order stays
+        state[prefix + reference_name(module, name[len(prefix) :])] = value
+
+
+def _from_reference(module: nn.Module, state: dict[str, Tensor], prefix: str, *_others: object) -> None:
+    for name in [name for name in state if name.startswith(prefix)]:
+        value = state.pop(name)
+        state[prefix + _own_name(module, name[len(prefix) :])] = value
+
+
+# torchvision's normalisation of an image in 0..1, RGB
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def from_torchvision(state: dict[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
+    """torchvision's ImageNet weights of a ResNet, for a backbone with the plain stem: the same features.
+
+    Names are the same. The first convolution takes our input instead of torchvision's; that is exact except
+    where zero padding touches, since zero is another colour then. BatchNorm's weights, which may be negative,
+    become weights of ABN, which scales by |weight| + eps.
+
+    Args:
+        state: its entries; those of the backbone are converted, others are left out.
+        backbone: whose ``mean``, ``std`` and ``channel_order`` say what our input is.
+    """
+    state = {name: x.float() for name, x in state.items() if name in backbone.state_dict()}
+    if {"conv1.weight", "bn1.running_mean"} <= set(state):
+        state |= _stem_for_our_input(state["conv1.weight"], state["bn1.running_mean"], backbone)
+    for path, module in backbone.named_modules():
+        for conv_name, norm_name in norm_pairs(module):
+            norm = module.get_submodule(norm_name)
+            conv_name, norm_name = (f"{path}.{x}".lstrip(".") for x in (conv_name, norm_name))
+            names = (f"{conv_name}.weight", f"{norm_name}.weight", f"{norm_name}.running_mean")
+            if isinstance(norm, ABN) and all(name in state for name in names):
+                conv, weight, mean = (state[name] for name in names)
+                state |= zip(names, _positive(conv, weight, mean, norm.eps), strict=True)
+    return state
+
+
+def _stem_for_our_input(weight: Tensor, running_mean: Tensor, backbone: Backbone) -> dict[str, Tensor]:
+    """conv((rgb/255 - mean)/std), with its running mean, as a convolution of our normalised pixels.
+
+    A channel of torchvision's input is a·x + b of ours: a goes into the weights, the sum of b times the
+    weights, which is the same everywhere, off the running mean.
+    """
+    our_mean, our_std = torch.tensor([backbone.mean, backbone.std], dtype=torch.float64)
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float64)
+    weight = weight.double()
+    if backbone.channel_order == "BGR":
+        weight, mean, std = weight.flip(1), mean.flip(0), std.flip(0)
+    offset = weight.sum((2, 3)) @ ((our_mean / 255 - mean) / std)
+    weight = weight * (our_std / (255 * std))[:, None, None]
+    return {"conv1.weight": weight.float(), "bn1.running_mean": (running_mean - offset).float()}
+
+
+def _positive(conv: Tensor, norm: Tensor, mean: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A convolution, the weight of the BatchNorm after it and the running mean, for an ABN instead.
+
+    The sign of a negative weight goes into the convolution, and so does what makes a weight below eps smaller
+    than ABN's smallest scale.
+    """
+    factor = _factor(norm, eps)
+    return conv * factor[:, None, None, None], (norm.abs() - eps).clamp(min=0), mean * factor
+
+
+def _factor(norm: Tensor, eps: float) -> Tensor:
+    return norm.sign() * (norm.abs() / eps).clamp(max=1)
+
+
+def norm_of_conv(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The convolutions of a state dict in the reference's names, each with the normalisation after it."""
+    norms = [name.removesuffix(".running_mean") for name in state if name.endswith(".running_mean")]
+    pairs = {re.sub(r"\.1$", ".0", re.sub(r"bn(\d)$", r"conv\1", norm)): norm for norm in norms}
+    return {conv: norm for conv, norm in pairs.items() if f"{conv}.weight" in state and conv != norm}
+
+
+def from_batch_norm(state: Mapping[str, Tensor], eps: float = 1e-5) -> dict[str, Tensor]:
+    """A state dict in the reference's names whose normalisation is BatchNorm, for ABN: the same function.
+
+    BatchNorm's weights may be negative or smaller than eps, where ABN scales by |weight| + eps.
+    """
+    converted = dict(state)
+    for conv, norm in norm_of_conv(state).items():
+        names = (f"{conv}.weight", f"{norm}.weight", f"{norm}.running_mean")
+        if all(name in state for name in names):
+            factor = _factor(state[f"{norm}.weight"].float(), eps)
+            weight, scale, mean = (state[name].float() for name in names)
+            converted |= zip(names, _positive(weight, scale, mean, eps), strict=True)
+            if f"{conv}.bias" in state:
+                converted[f"{conv}.bias"] = state[f"{conv}.bias"] * factor
+    return converted
+
+
+# The network that the reference's code has; classes and R are arguments there.
+REFERENCE: dict[str, Any] = {
+    "model": "ccnet",
+    "backbone": "resnet101",
+    "stem": "deep",
+    "contracted_dilation": False,
+    "head_activation": "leaky_relu",
+    "auxiliary_channels": 0,
+    "mean": (104.00698793, 116.66876762, 122.67891434),
+    "std": (1.0, 1.0, 1.0),
+    "channel_order": "BGR",
+    "align_corners": True,
+}
+
+
+def difference(config: Any, network: Mapping[str, Any]) -> str:
+    """In what a NetworkConfig differs from another code's network, in words; empty: in nothing."""
+    return "; ".join(
+        f"{name} is {getattr(config, name)}, there {value}"
+        for name, value in network.items()
+        if getattr(config, name) != value
+    )

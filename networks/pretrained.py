@@ -1,0 +1,184 @@
+"""Weights from files: a whole network for evaluation, or the start of a training run."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from networks.config import NetworkConfig
+from networks.mmsegmentation import (
+    NETWORK,
+    config_of_mmsegmentation,
+    from_mmsegmentation,
+    is_mmsegmentation,
+)
+from networks.names import from_batch_norm, from_torchvision
+from networks.registry import build_model
+from networks.resnet import STEMS
+from networks.segmenter import Segmenter
+from utils.checkpoint import CheckpointError, load_checkpoint, load_weights, model_state
+
+# Settings of checkpoints that were written before there was a NetworkConfig.
+FLAT_SETTINGS = ("model", "num_classes", "backbone", "recurrence", "norm")
+EMBEDDING = ("embedding.",)  # in training only
+IMAGENET_CLASSIFIER = ("fc.",)
+
+
+def load_model(path: Path | str, **settings: Any) -> tuple[Segmenter, NetworkConfig]:
+    """A network in evaluation mode from one of our checkpoints or a plain state dict, and its config.
+
+    Args:
+        path: the file.
+        settings: fields of NetworkConfig, in the place of the file's.
+
+    Raises:
+        CheckpointError: the file cannot be read, describes no network, or its weights do not fit.
+    """
+    path = Path(path)
+    return restore_model(load_checkpoint(path), path, **settings)
+
+
+def restore_model(contents: dict[str, Any], path: Path, **settings: Any) -> tuple[Segmenter, NetworkConfig]:
+    """``load_model`` of a file that was read already; ``path`` is for messages."""
+    state = model_state(contents, path)
+    try:
+        config = config_of(contents, state, **settings)
+        model = build_model(config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its settings make no network ({error})") from None
+    state = to_our_names(contents, state)
+    _check_stem(state, model, path)
+    auxiliary = () if any(name.startswith("dsn.") for name in state) else ("dsn.",)
+    load_weights(model, state, path, may_lack=auxiliary, skip=EMBEDDING)
+    return model.eval(), config
+
+
+def to_our_names(contents: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a file as our networks have it: mmsegmentation's names, or BatchNorm instead of ABN.
+
+    Args:
+        contents: the file's, which tells BatchNorm by its counters of batches.
+        state: ``model_state`` of it.
+    """
+    if is_mmsegmentation(state):
+        return from_mmsegmentation(state)
+    is_whole = any(name.startswith("head.") for name in state)
+    return from_batch_norm(state) if is_whole and _has_batch_counters(contents) else state
+
+
+def _has_batch_counters(contents: dict[str, Any]) -> bool:
+    return any(
+        _has_batch_counters(value)
+        if isinstance(value, dict)
+        else isinstance(name, str) and name.endswith("num_batches_tracked")
+        for name, value in contents.items()
+    )
+
+
+def _check_stem(state: dict[str, Tensor], model: Segmenter, path: Path) -> None:
+    stem, own = state.get("conv1.weight"), getattr(model.backbone, "stem", None)
+    if stem is None or stem.dim() != 4 or own not in STEMS:
+        return
+    words = {
+        "deep": "the deep stem (three 3x3 convolutions)",
+        "plain": "the plain stem (one 7x7 convolution)",
+        "v1c": "the narrow stem (three 3x3 convolutions, 32 channels)",
+    }
+    needed = {3: "v1c" if len(stem) == 32 else "deep", 7: "plain"}.get(stem.shape[-1])
+    if needed and needed != own:
+        raise CheckpointError(
+            f"{path}: is for {words[needed]}, the network has the {own} one; --stem {needed}"
+        )
+
+
+def _check_is_mmsegmentation(model: Segmenter, path: Path) -> None:
+    """Refuse weights that mean something else in this network, though they may have its shapes."""
+    if model.config is None:
+        return
+    different = {name: value for name, value in NETWORK.items() if getattr(model.config, name) != value}
+    if different:
+        flags = [
+            f"--{name.replace('_', '-')} {','.join(map(str, x)) if isinstance(x, tuple) else x}"
+            for name, x in different.items()
+        ]
+        raise CheckpointError(f"{path}: is mmsegmentation's CCNet, another network; {' '.join(flags)}")
+
+
+def config_of(contents: dict[str, Any], state: dict[str, Tensor], **settings: Any) -> NetworkConfig:
+    """The config that a checkpoint holds; of one without, what the shapes of its weights tell.
+
+    Raises:
+        ValueError: unknown or impossible settings.
+    """
+    recipe, flat = contents.get("recipe"), contents.get("settings")
+    values = contents.get("network") or (recipe.get("network") if isinstance(recipe, dict) else None)
+    if isinstance(values, dict) and any(isinstance(x, Tensor) for x in values.values()):
+        values = None  # other programs have their weights there
+    if values is None and isinstance(flat, dict):
+        values = _config_by_shapes(state) | {name: flat[name] for name in FLAT_SETTINGS if name in flat}
+        values["norm"] = "auto"  # numbers do not depend on it, and evaluation needs no synchronisation
+    if values is None:
+        values = _config_by_shapes(state)
+    if not isinstance(values, dict):
+        raise ValueError(f"network is {type(values).__name__}, not a dict of settings")
+    return NetworkConfig.from_dict({**values, **settings})
+
+
+def _config_by_shapes(state: dict[str, Tensor]) -> dict[str, Any]:
+    """The settings of a plain state dict; what its weights do not tell is as published."""
+    if is_mmsegmentation(state):
+        return config_of_mmsegmentation(state)
+    values: dict[str, Any] = {}
+    classifier, stem = state.get("head.bottleneck.3.weight"), state.get("conv1.weight")
+    if classifier is not None and classifier.dim() == 4:
+        values["num_classes"] = classifier.shape[0]
+    if stem is not None and stem.shape[2:] == (7, 7):
+        values["stem"] = "plain"
+    if "layer1.0.conv1.weight" in state and "layer1.0.conv3.weight" not in state:
+        values["backbone"] = "resnet18"
+    elif "layer3.5.conv3.weight" in state and "layer3.6.conv3.weight" not in state:
+        values["backbone"] = "resnet50"
+    return values
+
+
+def start_from(model: Segmenter, path: Path | str, new_classifiers: bool = False) -> str:
+    """Begin a run with the weights of a checkpoint of ours or of a backbone trained on ImageNet.
+
+    A backbone's file has no heads: MIT scene parsing's for the deep stem, torchvision's for the plain one.
+
+    Args:
+        model: the network, whose weights are overwritten.
+        path: the file.
+        new_classifiers: leave the network's classifiers as they are (--not-restore-last).
+
+    Returns:
+        What of the network is new: "heads", "classifiers", or nothing.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not fit; the model is unchanged.
+    """
+    path = Path(path)
+    contents = load_checkpoint(path)
+    state = model_state(contents, path)
+    if is_mmsegmentation(state):
+        _check_is_mmsegmentation(model, path)
+    state = to_our_names(contents, state)
+    own, backbone, classifiers = model.state_dict(), model.backbone_names(), model.classifier_names()
+    heads = tuple(name for name in own if name not in backbone)
+    is_backbone = not any(name.startswith(("head.", "dsn.")) for name in state)
+    _check_stem(state, model, path)
+    if is_backbone and getattr(model.backbone, "stem", None) == "plain":
+        state = from_torchvision(state, model.backbone)
+    may_lack, skip = (heads, IMAGENET_CLASSIFIER) if is_backbone else (EMBEDDING, ())
+    if model.embedding is None:
+        skip = (*skip, *EMBEDDING)
+    if new_classifiers:
+        may_lack, skip = (*may_lack, *classifiers), (*skip, *classifiers)
+    try:
+        load_weights(model, state, path, may_lack, skip)
+    except CheckpointError as error:
+        other = [name for name in state if name in own and state[name].shape != own[name].shape]
+        if new_classifiers or not other or not all(name in classifiers for name in other):
+            raise
+        raise CheckpointError(f"{error}; --not-restore-last leaves the classifiers out") from None
+    return "heads" if is_backbone else "classifiers" if new_classifiers else ""

@@ -1,0 +1,180 @@
+"""Sliding windows, scales and flips against the protocol written out, with networks whose answer is known."""
+
+import weakref
+from math import ceil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from evaluation.inference import multi_scale, short_sides, sliding, whole
+
+
+class Local(nn.Module):
+    """Logits at 1/8 from a strided convolution, so that tiles and their borders matter."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 4, 9, stride=8, padding=4).double()
+        self.batches = []
+
+    def forward(self, images):
+        self.batches.append(tuple(images.shape))
+        return {"out": self.conv(images)}
+
+    def at_full_size(self, images):
+        return F.interpolate(self(images)["out"], images.shape[2:], mode="bilinear", align_corners=True)
+
+
+def as_the_reference_does(model, image, tile):
+    """The sliding window of the reference's evaluate.py: one image, one tile at a time, in numpy."""
+    _, _, height, width = image.shape
+    stride = ceil(tile * (1 - 1 / 3))
+    rows, columns = int(ceil((height - tile) / stride) + 1), int(ceil((width - tile) / stride) + 1)
+    total, times = np.zeros((4, height, width)), np.zeros((height, width))
+    for row in range(max(rows, 1)):
+        for column in range(max(columns, 1)):
+            bottom, right = min(row * stride + tile, height), min(column * stride + tile, width)
+            top, left = max(bottom - tile, 0), max(right - tile, 0)
+            part = image[:, :, top:bottom, left:right]
+            padded = F.pad(part, (0, tile - part.shape[3], 0, tile - part.shape[2]))
+            logits = model.at_full_size(padded)[0, :, : part.shape[2], : part.shape[3]]
+            total[:, top:bottom, left:right] += logits.detach().numpy()
+            times[top:bottom, left:right] += 1
+    return total / times
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 61), (33, 33), (20, 70), (20, 25), (77, 34), (56, 56)])
+@pytest.mark.parametrize("tile_batch", [1, 3, 100])
+def test_sliding_window(height, width, tile_batch):
+    model, images = Local(), torch.randn(2, 3, height, width, dtype=torch.float64)
+    with torch.no_grad():
+        logits = sliding(model, (33, 33), tile_batch)(images)
+        for image, got in zip(images, logits, strict=True):
+            expected = as_the_reference_does(model, image[None], 33)
+            np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_published_tiles_of_a_cityscapes_image():
+    model = Local().float()
+    with torch.no_grad():
+        sliding(model, (769, 769), tile_batch=8)(torch.zeros(1, 3, 1024, 2048))
+    assert model.batches == [(8, 3, 769, 769)]  # 2 × 4 tiles, all in one batch
+
+
+def test_tiles_need_not_be_square():
+    model, image = Local(), torch.randn(1, 3, 30, 90, dtype=torch.float64)
+    with torch.no_grad():
+        assert sliding(model, (17, 41))(image).shape == (1, 4, 30, 90)
+    assert {shape[2:] for shape in model.batches} == {(17, 41)}
+
+
+def test_whole_image():
+    model, image = Local(), torch.randn(2, 3, 21, 34, dtype=torch.float64)
+    torch.testing.assert_close(whole(model)(image).double(), model.at_full_size(image), rtol=1e-5, atol=1e-6)
+
+
+def test_scales_and_flip_are_averaged_in_the_images_own_frame():
+    """A prediction that is the image itself must come back as itself, flipped or not, at every scale."""
+    ramp = torch.linspace(0, 1, 24).view(1, 1, 1, 24) + torch.linspace(0, 2, 17).view(1, 1, 17, 1)
+    image = ramp.expand(2, 3, 17, 24) * torch.tensor([1.0, -2.0]).view(2, 1, 1, 1)
+    predict = multi_scale(lambda x: x, scales=(0.5, 1, 1.25), flip=True)
+    torch.testing.assert_close(predict(image), image, rtol=1e-5, atol=1e-5)
+
+
+def test_flip_mirrors_left_and_right():
+    seen = []
+
+    def predict(images):
+        seen.append(images)
+        return images
+
+    image = torch.randn(1, 3, 4, 6)
+    multi_scale(predict, flip=True)(image)
+    assert torch.equal(seen[1], image[:, :, :, torch.arange(5, -1, -1)])
+
+
+def test_one_scale_without_flip_changes_nothing():
+    model, image = Local(), torch.randn(1, 3, 21, 34, dtype=torch.float64)
+    assert torch.equal(multi_scale(whole(model))(image), whole(model)(image))
+
+
+class Clips(nn.Module):
+    """Logits of each frame, folded into the batch as the segmenter does; frames differ by a sum over time."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.image = Local()
+
+    def forward(self, images):
+        if images.dim() == 4:
+            return self.image(images)
+        folded = images.transpose(1, 2).flatten(0, 1)
+        total = images.sum(2, keepdim=True).expand_as(images).transpose(1, 2).flatten(0, 1)
+        return {"out": self.image(folded)["out"] + self.image(total)["out"]}
+
+
+@pytest.mark.parametrize("frame", [0, 2])
+@pytest.mark.parametrize("protocol", ["whole", "sliding", "multi_scale"])
+def test_one_frame_of_a_clip(protocol, frame):
+    """The prediction of a clip's frame is that of the sum of two images, each predicted alone."""
+    model, clip = Clips(), torch.randn(2, 3, 3, 41, 50, dtype=torch.float64)
+
+    def predicted(images, frame=0):
+        predict = whole(model) if protocol != "sliding" else sliding(model, (33, 33), 2)
+        if protocol == "multi_scale":
+            predict = multi_scale(predict, (0.75, 1), flip=True)
+        return predict(images, frame)
+
+    with torch.no_grad():
+        expected = predicted(clip[:, :, frame]) + predicted(clip.sum(2))
+        torch.testing.assert_close(predicted(clip, frame), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mirroring_swaps_the_classes_of_a_pair():
+    """A network that tells left from right (class 1 and 2) is averaged with itself."""
+
+    def predict(images, frame=0):
+        logits = torch.zeros(1, 4, *images.shape[2:])
+        middle = images.shape[3] // 2
+        logits[:, 1, :, :middle], logits[:, 2, :, middle:] = 1, 1
+        logits[:, 3] = images[:, 0]
+        return logits
+
+    images = torch.randn(1, 3, 5, 8)
+    averaged = multi_scale(predict, flip=True, mirror_pairs=[(1, 2)])(images)
+    torch.testing.assert_close(averaged, predict(images))
+    mixed = multi_scale(predict, flip=True)(images)
+    assert mixed[0, 1].unique().tolist() == [0.5]
+
+
+def test_short_sides_of_ade20k():
+    sizes = []
+
+    def predict(images, frame=0):
+        sizes.append(tuple(images.shape[2:]))
+        return images[:, :2]
+
+    out = short_sides(predict, (30, 60), max_long_side=100)(torch.randn(1, 3, 40, 80))
+    assert sizes == [(30, 60), (50, 100)]
+    assert out.shape == (1, 2, 40, 80)
+
+
+def test_two_maps_of_logits_at_a_time():
+    """However many scales there are: the sum, and the prediction that is added to it."""
+    alive, most = [], 0
+
+    def predict(images, frame=0):
+        nonlocal most
+        logits = torch.zeros(1, 16, *images.shape[2:])
+        alive[:] = [ref for ref in alive if ref() is not None]
+        alive.append(weakref.ref(logits))
+        most = max(most, len(alive))
+        return logits
+
+    multi_scale(predict, (0.5, 0.75, 1.25, 1.5), flip=True)(torch.randn(1, 3, 40, 48))
+    assert most <= 2

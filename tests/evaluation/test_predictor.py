@@ -1,0 +1,205 @@
+"""The predictor against ``evaluation.inference``, which holds all logits at full size."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dataset import DATASETS, LabelTable
+from evaluation import Predictor, bands
+from evaluation.inference import multi_scale, sliding, whole
+from evaluation.predictor import CITYSCAPES, PredictionError, available_memory, labels_of
+from networks import build_model
+from utils.checkpoint import CheckpointError
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = LabelTable(("left", "right", "rest", "more"), (3, 5, 7, 9), ((1, 2, 3),) * 4, mirror_pairs=((0, 1),))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    network = build_model(num_classes=4, backbone="resnet18").eval()
+    network.head.cca.gamma.data.fill_(0.5)
+    network.head.classifier.weight.data.normal_()
+    return network
+
+
+def picture(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8)
+
+
+def assert_same_classes(ids, logits):
+    """Classes agree wherever the two largest logits are not equal up to rounding."""
+    first, second = logits.topk(2, dim=1).values.unbind(1)
+    clear = (first - second > 1e-3)[0].numpy()
+    assert clear.mean() > 0.97
+    assert (ids == logits.argmax(1)[0].numpy())[clear].all()
+    assert len(np.unique(ids)) > 1
+
+
+@pytest.mark.parametrize("size", [(57, 90), (41, 33), (20, 97)])
+@pytest.mark.parametrize("how", [True, False], ids=["whole", "sliding"])
+@pytest.mark.parametrize(("scales", "flip"), [((1.0,), False), ((0.7, 1.3), True)])
+def test_classes_are_those_of_the_test_protocol(model, monkeypatch, size, how, scales, flip):
+    monkeypatch.setattr(bands, "BAND_BYTES", 4 * 4 * size[1] * 7)  # bands of 7 rows
+    predictor = Predictor(
+        model, "cpu", amp="off", labels=TABLE, whole=how, tile_size=(33, 41), scales=scales, flip=flip
+    )
+    image = picture(*size)
+    ids = predictor(image)
+    assert ids.shape == size
+    assert ids.dtype == np.uint8
+    predict = whole(predictor.network) if how else sliding(predictor.network, (33, 41))
+    predict = multi_scale(predict, scales, flip, TABLE.mirror_pairs)
+    with torch.inference_mode():
+        logits = predict(torch.from_numpy(predictor.normalization(image))[None])
+    assert_same_classes(ids, logits)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (9, 1), (3, 2)])
+@pytest.mark.parametrize("how", [True, False, None])
+def test_the_smallest_pictures(model, size, how):
+    ids = Predictor(model, "cpu", whole=how, tile_size=(25, 25))(picture(*size))
+    assert ids.shape == size
+
+
+@pytest.mark.parametrize("how", [True, False])
+def test_batches_equal_single_pictures(model, how):
+    predictor = Predictor(model, "cpu", amp="off", whole=how, tile_size=(25, 33), batch_size=2)
+    images = [picture(30, 40, seed=seed) for seed in range(3)]
+    for image, ids in zip(images, predictor.predict_batch(images), strict=True):
+        assert (predictor(image) == ids).mean() > 0.99
+
+
+def test_a_batch_has_one_size(model):
+    with pytest.raises(ValueError, match="one shape"):
+        Predictor(model, "cpu").predict_batch([picture(9, 9), picture(9, 8)])
+    assert Predictor(model, "cpu").predict_batch([]) == []
+
+
+@pytest.mark.parametrize("how", [True, False])
+def test_clips(model, how):
+    predictor = Predictor(model, "cpu", amp="off", whole=how, tile_size=(25, 25), batch_size=3)
+    clip = np.stack([picture(25, 25, seed=seed) for seed in range(3)])
+    ids = predictor(clip)
+    assert ids.shape == (3, 25, 25)
+    inputs = torch.stack([torch.from_numpy(predictor.normalization(frame)) for frame in clip], dim=1)
+    for frame in range(3):
+        with torch.inference_mode():
+            assert_same_classes(ids[frame], whole(predictor.network)(inputs[None], frame))
+
+
+def test_size_and_memory_decide_how(model, monkeypatch):
+    predictor = Predictor(model, "cpu")
+    memory = 10**12
+    monkeypatch.setattr("evaluation.predictor.available_memory", lambda device: memory)
+    assert predictor.goes_whole(1024 * 2048)
+    assert not predictor.goes_whole(4000 * 6000)
+    memory = 10**9
+    assert predictor.goes_whole(1024 * 2048)  # as decided for the picture before
+    predictor = Predictor(model, "cpu")
+    assert not predictor.goes_whole(1024 * 2048)
+    assert predictor.goes_whole(512 * 512)
+    assert Predictor(model, "cpu", whole=True).goes_whole(4000 * 6000)
+
+
+def test_memory_at_hand():
+    assert 2**20 < available_memory(torch.device("cpu")) < 2**50
+
+
+def test_no_band_is_larger_than_stated(monkeypatch):
+    monkeypatch.setattr(bands, "BAND_BYTES", 4 * 3 * 100 * 5)
+    asked = []
+
+    class Source(bands.Stored):
+        def rows(self, top, bottom):
+            asked.append(bottom - top)
+            return super().rows(top, bottom)
+
+    logits = torch.randn(1, 3, 33, 100)
+    assert torch.equal(bands.class_ids(Source(logits)), logits.argmax(1).to(torch.uint8))
+    assert max(asked) == 5
+
+
+def test_names_and_colours(model):
+    predictor = Predictor(model, "cpu", labels=TABLE)
+    assert predictor.names == TABLE.names
+    assert predictor.colour(np.zeros((1, 1), np.uint8)).tolist() == [[[1, 2, 3]]]
+    assert Predictor(model, "cpu").names[3] == "class 3"
+
+
+def data_of(table):
+    return {"names": table.names, "ids": table.ids, "palette": table.palette, "mirror_pairs": ((0, 1),)}
+
+
+def test_names_in_checkpoints():
+    path = Path("x.pth")
+    assert labels_of({"data": data_of(TABLE)}, path, 4) == TABLE
+    for name in ("camvid", "cityscapes"):
+        table = DATASETS[name].labels
+        assert labels_of({"settings": {"dataset": name}}, path, table.num_classes) == table
+    assert labels_of({}, path, 19) == CITYSCAPES
+    assert labels_of({}, path, 19, num_classes=19).names[0] == "class 0"
+    assert labels_of({}, path, 5, num_classes=5).names[4] == "class 4"
+    assert labels_of({"settings": {"dataset": "list"}}, path, 2).names == ("class 0", "class 1")
+
+
+@pytest.mark.parametrize(
+    ("contents", "classes", "given", "message"),
+    [
+        ({}, 5, None, "holds no class names; --num-classes 5"),
+        ({}, 5, 6, "has 5 classes, not the 6"),
+        ({"data": data_of(TABLE)}, 5, None, "names 4 classes, but its network has 5"),
+        ({"data": {"names": ("a",), "palette": ((1, 2),)}}, 1, None, "table of classes is damaged"),
+        ({"data": {"names": ("a", "b"), "palette": ((1, 2, 3),)}}, 2, None, "table of classes is damaged"),
+        ({"data": {"names": None, "palette": ()}}, 2, None, "table of classes is damaged"),
+    ],
+)
+def test_names_that_do_not_fit(contents, classes, given, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        labels_of(contents, Path("x.pth"), classes, given)
+    assert str(caught.value).startswith("x.pth: ")
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        None,
+        np.zeros((3, 4, 3)),
+        np.zeros((3, 4), np.uint8),
+        np.zeros((3, 4, 4), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+    ],
+)
+def test_what_is_no_picture(model, image):
+    with pytest.raises(ValueError, match="image must be"):
+        Predictor(model, "cpu")(image)
+
+
+@pytest.mark.parametrize("options", [{"scales": ()}, {"scales": (1, -1)}, {"batch_size": 0}])
+def test_impossible_options(model, options):
+    with pytest.raises(ValueError, match="must be"):
+        Predictor(model, "cpu", **options)
+
+
+def test_damaged_weights():
+    network = build_model(num_classes=2, backbone="resnet18").eval()
+    network.head.classifier.bias.data[0] = float("nan")
+    with pytest.raises(PredictionError, match="not finite"):
+        Predictor(network, "cpu")(picture(9, 9))
+
+
+def test_the_hub_gives_the_same(model, tmp_path):
+    path = tmp_path / "CS_scenes_1.pth"
+    network = {"num_classes": 4, "backbone": "resnet18"}
+    recipe = {"input_size": (33, 41), "clip": 1}
+    torch.save(
+        {"model": model.state_dict(), "network": network, "recipe": recipe, "data": data_of(TABLE)}, path
+    )
+    image = picture(40, 50)
+    hub = torch.hub.load(str(ROOT), "ccnet", source="local", checkpoint=tmp_path, device="cpu", amp="off")
+    assert hub.tile_size == (33, 41)
+    assert hub.names == TABLE.names
+    assert (hub(image) == Predictor(model, "cpu", amp="off")(image)).all()

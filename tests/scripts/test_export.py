@@ -1,0 +1,206 @@
+"""export.py as users run it; what it wrote is loaded without our code and held against predictions."""
+
+import hashlib
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import export
+from dataset import Normalization, generic_table
+from evaluation.inference import whole
+from networks import NetworkConfig, build_model, load_model
+from networks.mmsegmentation import NETWORK
+from utils.checkpoint import load_checkpoint
+
+CLASSES = 5
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A plain state dict whose network predicts a bit of everything and uses its attention."""
+    torch.manual_seed(0)
+    model = build_model(backbone="resnet18", num_classes=CLASSES)
+    model.head.cca.gamma.data.fill_(0.9)
+    model.head.classifier.weight.data.normal_()
+    path = tmp_path_factory.mktemp("plain") / "plain.pth"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def expected_ids(path, pictures):
+    model, config = load_model(path)
+    normalization = Normalization(config.mean, config.std, config.channel_order)
+    images = torch.from_numpy(np.stack([normalization(picture) for picture in pictures]))
+    with torch.inference_mode():
+        return whole(model)(images).argmax(dim=1)
+
+
+def some_pictures(batch, height, width):
+    return np.random.default_rng(3).integers(0, 256, (batch, height, width, 3), np.uint8)
+
+
+def check_described(described, full):
+    assert json.loads(described["class_names"]) == [f"class {i}" for i in range(CLASSES)]
+    assert len(json.loads(described["colours"])) == CLASSES
+    assert json.loads(described["mean"])[0] == pytest.approx(104.00698793)
+    assert (described["channel_order"], described["recurrence"]) == ("BGR", "2")
+    assert len(described["checkpoint_sha256"]) == 64
+    assert ("uint8" in described["input"]) == full
+
+
+def test_torch_export_full(call, plain, tmp_path):
+    file = tmp_path / "new" / "model.pt2"
+    result = call(
+        "export.py", "--restore-from", plain, "--num-classes", CLASSES, "--output", file, "--full"
+    )  # fmt: skip
+    assert result.status == 0, result.error
+    assert result.out.count("classes agree on ") == 2
+    assert [path.name for path in file.parent.iterdir()] == ["model.pt2"]
+    texts = {"metadata.json": ""}
+    program = torch.export.load(file, extra_files=texts)
+    check_described(json.loads(texts["metadata.json"]), full=True)
+    assert "cc_attention" not in program.graph_module.code  # PyTorch alone runs it
+    for batch, height, width in ((1, 43, 70), (3, 64, 49)):  # neither traced nor checked
+        pictures = some_pictures(batch, height, width)
+        got = program.module()(torch.from_numpy(pictures))
+        assert got.dtype == torch.uint8
+        assert (got == expected_ids(plain, pictures)).double().mean() > 0.999
+
+
+def test_onnx_logits(call, plain, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed (the extra export)")
+    import onnx
+    import onnxruntime
+
+    file = tmp_path / "model.onnx"
+    result = call("export.py", "--restore-from", plain, "--num-classes", CLASSES, "--output", file)
+    assert result.status == 0, result.error
+    assert result.out.count("largest difference") == 2
+    model = onnx.load(file)
+    assert model.ir_version <= 10
+    assert [(x.domain, x.version) for x in model.opset_import if x.domain == ""] == [("", export.OPSET)]
+    session = onnxruntime.InferenceSession(file)
+    check_described(session.get_modelmeta().custom_metadata_map, full=False)
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    network = load_model(plain)[0]
+    for batch, height, width in ((1, 43, 70), (3, 64, 49)):
+        images = torch.from_numpy(np.stack([Normalization()(x) for x in some_pictures(batch, height, width)]))
+        (got,) = session.run(None, {"images": images.numpy()})
+        with torch.inference_mode():
+            expected = network(images)["out"]
+        torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_damaged_names(call, trained, tmp_path):
+    contents = torch.load(trained)
+    contents["data"]["palette"] = contents["data"]["palette"][:3]
+    torch.save(contents, tmp_path / "x.pth")
+    result = call("export.py", "--restore-from", tmp_path / "x.pth", "--output", tmp_path / "x.pt2")
+    assert result.status == 1
+    assert "its class names are damaged" in result.error
+
+
+def test_what_cannot_be_traced(plain, tmp_path):
+    class Branching(export.Logits):
+        def forward(self, images):
+            return images if images.sum() > 0 else -images
+
+    with pytest.raises(export.ExportError, match="cannot be exported"):
+        export.write_pt2(Branching(load_model(plain)[0]), {}, tmp_path / "x.pt2")
+
+
+def test_names_of_the_checkpoint(trained):
+    """A checkpoint of train.py has its classes' names and stored ids."""
+    contents, (_, config) = load_checkpoint(trained), load_model(trained)
+    options = export.ExportOptions(restore_from=trained, output=trained.with_suffix(".pt2"))
+    labels = export.labels_of(contents, config, trained, options)
+    described = export.metadata(config, labels, trained, full=False)
+    assert json.loads(described["class_names"])[:2] == ["road", "sidewalk"]
+    assert json.loads(described["label_ids"])[:2] == [7, 8]
+    assert described["checkpoint_sha256"] == hashlib.sha256(trained.read_bytes()).hexdigest()
+
+
+def test_weights_for_the_reference(plain, tmp_path):
+    """The published network's names; a smaller one stands for it here."""
+    model, config = load_model(plain)
+    file = tmp_path / "reference.pth"
+    export.write_weights("reference", model, NetworkConfig(num_classes=CLASSES), generic_table(CLASSES), file)
+    state, own = torch.load(file), model.state_dict()
+    assert state.keys() == own.keys()
+    assert all(torch.equal(state[name], own[name]) for name in own)
+    with pytest.raises(export.ExportError, match="backbone is resnet18, there resnet101"):
+        export.write_weights("reference", model, config, generic_table(CLASSES), file)
+
+
+def test_weights_for_mmsegmentation(call, tmp_path):
+    torch.manual_seed(0)
+    config = NetworkConfig(**NETWORK, backbone="resnet50", num_classes=CLASSES)
+    model = build_model(config)
+    torch.save({"model": model.state_dict(), "network": config.to_dict()}, tmp_path / "ours.pth")
+    output = ("--output", tmp_path / "theirs.pth")
+    common = ("export.py", "--restore-from", tmp_path / "ours.pth", "--num-classes", CLASSES)
+    result = call(*common, *output, "--names", "mmsegmentation")
+    assert result.status == 0, result.error
+    contents = load_checkpoint(tmp_path / "theirs.pth")
+    assert contents["state_dict"]["decode_head.cca.gamma.scale"].shape == ()
+    assert contents["meta"]["dataset_meta"]["classes"][0] == "class 0"
+    result = call(*common, *output, "--names", "reference")
+    assert result.status == 1
+    assert "stem is v1c, there deep" in result.error
+
+
+def test_a_file_that_computes_something_else_is_not_kept(plain, tmp_path, monkeypatch, capsys):
+    def write(module, described, path):
+        path.write_bytes(b"something")
+        return lambda images: module(images).flip(1)
+
+    monkeypatch.setattr(export, "write_pt2", write)
+    file = tmp_path / "model.pt2"
+    argv = ["export.py", "--restore-from", plain, "--num-classes", CLASSES, "--output", file]
+    monkeypatch.setattr(sys, "argv", [str(x) for x in argv])
+    with pytest.raises(export.ExportError, match=r"predicts other classes .* not kept"):
+        export.main()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("--output", "x.tflite"), 2, "the ending must be .onnx, .pt2, or .pth"),
+        (("--output", "x.pth"), 2, "needs --names"),
+        (("--output", "x.onnx", "--names", "reference"), 2, "must end with .pth"),
+        (("--output", "x.pth", "--names", "reference", "--full"), 2, "--full is for .onnx and .pt2"),
+        (("--output", "x.pt2", "--num-classes", "5", "--dataset", "camvid"), 2, "exclude each other"),
+        (("--output", "x.pt2"), 1, "holds no class names"),
+        (("--output", "x.pt2", "--dataset", "cityscapes"), 1, "has 5 classes, not 19"),
+        (("--output", "plain.pth", "--names", "reference", "--num-classes", "5"), 2, "checkpoint itself"),
+        (("--output", "plain.pth/x.pt2", "--num-classes", "5"), 1, "cannot write there"),
+    ],
+)
+def test_bad_input(call, plain, monkeypatch, arguments, status, message):
+    monkeypatch.chdir(plain.parent)
+    result = call("export.py", "--restore-from", plain, *arguments)
+    assert result.status == status
+    assert message in result.error
+    assert len(result.error.splitlines()) == 1
+    assert [path.name for path in plain.parent.iterdir()] == ["plain.pth"]
+
+
+def test_clips_are_refused(call, trained, tmp_path):
+    contents = torch.load(trained)
+    contents["recipe"]["clip"] = 5
+    torch.save(contents, tmp_path / "clips.pth")
+    result = call("export.py", "--restore-from", tmp_path / "clips.pth", "--output", tmp_path / "x.pt2")
+    assert result.status == 1
+    assert "clips of 5 frames" in result.error
+
+
+def test_onnx_missing(call, plain, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # import raises ImportError
+    result = call("export.py", "--restore-from", plain, "--output", tmp_path / "x.onnx")
+    assert result.status == 1
+    assert "pip install onnx onnxscript onnxruntime" in result.error

@@ -1,0 +1,92 @@
+"""The command line of ``train.py``: a recipe, changes to it, and the run's options."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from networks.config import NetworkConfig
+from training.options import RunOptions
+from training.recipes import RECIPES, Recipe, find_recipe
+from training.resumption import Resumed
+from utils.arguments import Parser, UsageError, add_flags, take_flags
+from utils.fields import setting
+
+DEFAULT_RECIPE = "cityscapes"
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """Which recipe to begin with."""
+
+    recipe: str = setting(
+        DEFAULT_RECIPE,
+        f"settings that the other flags change: {', '.join(RECIPES)}, or module:NAME of a file of yours",
+        group="recipe",
+        metavar="NAME",
+    )
+    print_recipe: bool = setting(
+        False, "print the recipe, with the changes made by flags, and exit", group="recipe"
+    )
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line says."""
+
+    base: Recipe
+    is_named: bool  # by --recipe, which then counts for a resumed run too
+    network_changes: dict[str, Any]
+    recipe_changes: dict[str, Any]
+    options: RunOptions
+    print_recipe: bool
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of a new run."""
+        return self.base.with_changes(self.network_changes, self.recipe_changes)
+
+    def settle(self, resumed: Resumed | None) -> Recipe:
+        """The recipe of this run: a resumed run keeps its own, where no flag changes it."""
+        base = self.base if resumed is None or self.is_named else resumed.recipe
+        return base.with_changes(self.network_changes, self.recipe_changes)
+
+    def num_classes(self, resumed: Resumed | None) -> int | None:
+        """The number of classes that was asked for; None leaves it to the data set."""
+        given = self.network_changes.get("num_classes")
+        if given is None and self.options.dataset == "list":
+            if self.is_named:
+                return self.base.network.num_classes
+            if resumed is not None:
+                return resumed.recipe.network.num_classes
+        return given
+
+
+def parse_args(description: str | None, argv: list[str] | None = None) -> Command:
+    """Read ``argv`` (default: the process's). Mistakes end the process with one line and status 2."""
+    first = Parser(None, add_help=False)
+    add_flags(first, RecipeOptions)
+    name = first.parse_known_args(argv)[0].recipe
+    parser = Parser(description)
+    try:
+        # Before the other flags are made: a recipe's module may add to their choices.
+        base = find_recipe(DEFAULT_RECIPE if name is None else name)
+        for options, values in (
+            (RecipeOptions, None),
+            (RunOptions, None),
+            (NetworkConfig, base.network),
+            (Recipe, base),
+        ):
+            add_flags(parser, options, values, title="network")
+        namespace = parser.parse_args(argv)
+        command = Command(
+            base,
+            name is not None,
+            take_flags(NetworkConfig, namespace),
+            take_flags(Recipe, namespace),
+            RunOptions(**take_flags(RunOptions, namespace)),
+            bool(namespace.print_recipe),
+        )
+        if command.options.resume is None:  # otherwise the checkpoint's recipe counts
+            command.options.check(command.recipe)
+        return command
+    except UsageError as error:
+        parser.error(str(error))

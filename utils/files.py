@@ -1,0 +1,20 @@
+"""Small files that are written whole or not at all."""
+
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text under a temporary name, then give it its name; nothing is left of one that failed.
+
+    Raises:
+        OSError: it cannot be written; what was at ``path`` before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
