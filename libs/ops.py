@@ -125,7 +125,7 @@ def sums_add_relu(
     grad: Tensor, z: Tensor, shortcut: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same behind relu(z + shortcut), and dz, which is the shortcut's gradient as well."""
-    dz = grad.masked_fill(z + shortcut <= 0, 0.0)
+    dz = torch.empty_like(z).copy_(grad.masked_fill(z + shortcut <= 0, 0.0))
     return *sums(dz, z, weight, bias, eps, "identity", 0.0), dz
 
 

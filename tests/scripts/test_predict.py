@@ -258,7 +258,7 @@ def test_checkpoints(predict, checkpoint, tmp_path):
     assert result.status == 0, result.error
     contents["model"]["head.bottleneck.3.bias"][0] = float("nan")
     torch.save(contents, tmp_path / "nan.pth")
-    one_error(predict(tmp_path / "a.png", restore_from=tmp_path / "nan.pth"), 1, "output is not finite")
+    one_error(predict(tmp_path / "a.png", restore_from=tmp_path / "nan.pth"), 1, "not finite")
 
 
 def test_attention_pages(predict, tmp_path):
