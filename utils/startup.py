@@ -36,7 +36,7 @@ def _replace_what_cannot_be_shown() -> None:
 def _limit_fragmentation() -> None:
     """Few arenas of glibc; with its defaults a run grows for hundreds of steps.
 
-    Its thresholds stay as they are: a fixed one makes every large tensor a mapping of its own, a fifth slower.
+    Its thresholds stay as they are: a fixed one maps every large tensor anew, which costs a fifth of a step.
     """
     try:
         libc = ctypes.CDLL(None)
