@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from instances.errors import UsageError
 from instances.model import ATTENTIONS, BACKBONES, NORMS, MaskRCNNConfig
+from utils.arguments import default_workers
 from utils.distributed import world_size
 
 DESCRIPTION = "Train Mask R-CNN with criss-cross attention on COCO. Without options: the published setting."
@@ -23,15 +23,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     default = {field.name: field.default for field in fields(MaskRCNNConfig)}
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", type=Path, required=True, help="COCO's folder")
     data.add_argument("--split", default="train2017", help="instances_<split>.json and <split>/")
     data.add_argument("--mirror", type=int, choices=(0, 1), default=1, help="mirror half of the images")
-    data.add_argument(
-        "--num-workers", type=int, default=max(1, min(8, cores)), help="processes that read data"
-    )
+    data.add_argument("--num-workers", type=int, default=default_workers(), help="processes that read data")
 
     net = parser.add_argument_group("network")
     net.add_argument("--backbone", choices=BACKBONES, default="resnet50", help="with a feature pyramid")

@@ -9,6 +9,9 @@ from networks.layers import NORMS
 from networks.resnet import BACKBONES, STEMS
 from utils.fields import check_fields, from_dict, setting, to_dict
 
+# The network's fields among the flat settings of checkpoints from before there was a NetworkConfig.
+FLAT_SETTINGS = ("model", "num_classes", "backbone", "recurrence", "norm")
+
 
 @dataclass(frozen=True)
 class NetworkConfig:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from networks.config import NetworkConfig
+from networks.config import FLAT_SETTINGS, NetworkConfig
 from networks.mmsegmentation import (
     NETWORK,
     config_of_mmsegmentation,
@@ -18,8 +18,6 @@ from networks.resnet import STEMS
 from networks.segmenter import Segmenter
 from utils.checkpoint import CheckpointError, load_checkpoint, load_weights, model_state
 
-# Settings of checkpoints that were written before there was a NetworkConfig.
-FLAT_SETTINGS = ("model", "num_classes", "backbone", "recurrence", "norm")
 EMBEDDING = ("embedding.",)  # in training only
 IMAGENET_CLASSIFIER = ("fc.",)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset import DatasetSpec
-from networks.config import NetworkConfig
+from networks.config import FLAT_SETTINGS, NetworkConfig
 from training.recipes import Recipe, changes, recipe_from_dict, recipe_to_dict
 from training.snapshots import find_checkpoint, newest_checkpoint
 from training.step import TrainStep, complete_momentum
@@ -22,8 +22,6 @@ from utils.checkpoint import (
 from utils.distributed import PeerError, Process
 
 NEEDED = {"model", "optimizer", "step", "random_states"}
-# Of the flat settings in checkpoints from before there were recipes, those of the network.
-OLD_NETWORK_FIELDS = ("model", "num_classes", "backbone", "recurrence", "norm")
 
 
 @dataclass(frozen=True)
@@ -116,9 +114,7 @@ def from_settings(settings: Mapping[str, Any]) -> tuple[Recipe, str]:
     Raises:
         ValueError, TypeError: values of another type or out of bounds.
     """
-    network = NetworkConfig.from_dict(
-        {name: settings[name] for name in OLD_NETWORK_FIELDS if name in settings}
-    )
+    network = NetworkConfig.from_dict({name: settings[name] for name in FLAT_SETTINGS if name in settings})
     known = {option.name for option in fields(Recipe)} - {"network"}
     values = {name: value for name, value in settings.items() if name in known}
     return recipe_from_dict(values, network), str(settings.get("images"))
