@@ -107,7 +107,7 @@ def test_a_recipe_of_ones_own(call, module, demo_data, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("pascal", "--recipe pascal: expected one of cityscapes, ade20k, lip, or module:NAME"),
+        ("pascal", f"--recipe pascal: expected one of {', '.join(RECIPES)}, or module:NAME"),
         ("", "--recipe : expected one of cityscapes, "),
         ("no_such_module:A", "no_such_module:A: cannot import no_such_module (ModuleNotFoundError: "),
         ("broken_recipes:A", "cannot import broken_recipes (ZeroDivisionError: division by zero)"),
