@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from training.provenance import git_commit  # noqa: E402
 
 COMMON = (
-    "--backbone", "resnet18", "--stem", "plain", "--input-size", "240,320", "--batch-size", "4",
+    "--backbone", "resnet18", "--stem", "plain", "--input-size", "180,240", "--batch-size", "4",
     "--ohem", "0", "--gpu", "cpu", "--num-workers", "0",
 )  # fmt: skip
 SETTINGS: dict[str, tuple[str, ...]] = {
