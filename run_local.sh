@@ -6,7 +6,7 @@
 #
 # OPTIONs go to train.py after the recipe's, so they win. Run again after an interruption, it continues.
 # Variables: BACKBONE=resnet101-imagenet.pth, the ImageNet weights of the recipe ("none": start from random
-# weights); DEMO_STEPS=300, the length of the demo.
+# weights); DEMO_STEPS=300 and DEMO_SIZE=256,512, the demo's length and its images' height and width.
 set -euo pipefail
 fail() { echo "run_local.sh: error: $2" >&2; exit "$1"; }
 
@@ -35,7 +35,7 @@ build_kernels
 
 demo() {
     local steps=${DEMO_STEPS:-300}
-    "$PYTHON" -m dataset.demo data/demo --train 64 --val 12 --size 256,512
+    "$PYTHON" -m dataset.demo data/demo --train 64 --val 12 --size "${DEMO_SIZE:-256,512}"
     # Short as it is, the run learns more from images at the size that they are evaluated at.
     "$PYTHON" train.py --data-dir data/demo --snapshot-dir snapshots/demo --resume \
         --backbone resnet18 --input-size 193,257 --batch-size 4 --num-steps "$steps" \

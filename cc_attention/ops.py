@@ -3,6 +3,7 @@
 Compiled kernels register under the same two schemas for their device; where none is, ``chunked`` serves.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,7 +105,16 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.ops.cc_attention.criss_cross_attention(query, key, value, _tf32())[0]
 
 
-@torch.compiler.assume_constant_result  # asked while the graph is traced, which holds for that graph
+def _constant_in_a_graph(function: Callable[[], bool]) -> Callable[[], bool]:
+    """A graph keeps the answer that it was traced with.
+
+    As ``torch.compiler.assume_constant_result``, but that imports the compiler, half of a script's start-up.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_in_a_graph
 def _formula_needed() -> bool:
     """Whether the call is one that only plain PyTorch operations can serve.
 
@@ -116,7 +126,7 @@ def _formula_needed() -> bool:
     return transformed or forward_mode or torch.onnx.is_in_onnx_export()
 
 
-@torch.compiler.assume_constant_result
+@_constant_in_a_graph
 def _tf32() -> bool:
     """Whether PyTorch may multiply fp32 matrices in TF32 on CUDA (torch.set_float32_matmul_precision)."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
