@@ -6,7 +6,8 @@
 "usual" is eager fp32 with contiguous (NCHW) memory, plain BatchNorm and ReLU layers, the tensor formulation
 of the attention, and SGD parameter by parameter. All have the same loss, OHEM on the device. A step is
 forward, loss, backward and update. Medians of rounds in which they take turns; ratios are over "usual".
-Memory is the peak above parameters, gradients and momentum.
+Memory is the peak above parameters, gradients and momentum. ``--compare-unfused`` measures, instead of
+"usual", ours with normalisation, addition and ReLU one after another, and ratios are over each one's unfused.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -30,6 +31,8 @@ from benchmarks.attention import peak_mib, seconds, tensor_formulation
 from benchmarks.memory import PLAIN, hardware, network, parser_of
 from dataset import Batch
 from networks import build_model
+from networks.recomputation import recompute_in_backward
+from networks.resnet import Block
 from training.criterion import build_criterion
 from training.step import TrainStep, build_optimizer
 from utils.distributed import Process
@@ -41,6 +44,7 @@ OURS = {
     "ours, bf16": ("bf16", False),
     "ours, bf16, activations twice": ("bf16", True),
 }
+UNFUSED = " in parts"
 COLUMNS = ("images/s", "peak MiB")
 
 
@@ -48,9 +52,32 @@ COLUMNS = ("images/s", "peak MiB")
 def usual_code() -> Iterator[None]:
     """The network without its savings: all activations held, attention by the tensor formulation."""
     with (
-        patch("networks.resnet.relu_conv", lambda conv, x: conv(F.relu_(x))),
+        patch("networks.resnet.norm_relu_conv", lambda norm, x, conv: conv(F.relu_(norm(x)))),
         patch("networks.resnet.run_block_pair", lambda first, second, x: second(first(x))),
         patch("cc_attention.modules.criss_cross_attention", tensor_formulation),
+    ):
+        yield
+
+
+@contextmanager
+def unfused_code() -> Iterator[None]:
+    """Normalisation, addition and ReLU of the backbone one after another, with the same savings of memory."""
+
+    def in_parts(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z = norm(x)
+        out = F.threshold(z, 0.0, 0.0) if shortcut is None else F.relu_(z + shortcut)
+        return z.detach(), out
+
+    def run_block_pair(first: Block, second: Block, x: Tensor) -> Tensor:
+        branch, shortcut = first.last_norm(first.branch(x)), first.shortcut(x)
+        between = branch + shortcut
+        saved_branch, saved_shortcut = branch.detach(), shortcut.detach()
+        with recompute_in_backward(between, lambda: F.relu_(saved_branch + saved_shortcut)):
+            return second(F.relu_(between))
+
+    with (
+        patch("networks.resnet.norm_relu", in_parts),
+        patch("networks.resnet.run_block_pair", run_block_pair),
     ):
         yield
 
@@ -73,17 +100,16 @@ def build(name: str, options: argparse.Namespace) -> Callable[[], object]:
         optimizer = torch.optim.SGD(model.parameters(), 1e-5, 0.9, weight_decay=1e-4)
         step = TrainStep(Contiguous(model), criterion, optimizer, process)
     else:
-        amp, twice = OURS[name]
+        amp, twice = OURS[name.removesuffix(UNFUSED)]
         model = build_model(backbone=options.backbone, checkpoint_activations=twice)
         model.to(device, memory_format=torch.channels_last).train()
         step = TrainStep(model, criterion, build_optimizer(model, 1e-5, 0.9, 1e-4), process, amp)
     step.wrap_model()
 
     def run() -> object:
-        if name == USUAL:
-            with usual_code():
-                return step(batch_of_step)
-        return step(batch_of_step)
+        unfused = unfused_code() if name.endswith(UNFUSED) else nullcontext()
+        with usual_code() if name == USUAL else unfused:
+            return step(batch_of_step)
 
     return run
 
@@ -102,7 +128,10 @@ class Contiguous(nn.Module):
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """For each variant images a second and the peak of memory."""
     device = torch.device(options.device)
-    runs = {name: build(name, options) for name in (USUAL, *OURS)}
+    names = [USUAL, *OURS]
+    if options.compare_unfused:
+        names = [variant for name in OURS for variant in (name + UNFUSED, name)]
+    runs = {name: build(name, options) for name in names}
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks = {}
     for name, run in runs.items():
@@ -124,13 +153,15 @@ def table(results: dict[str, dict[str, float]]) -> str:
     width = max(map(len, results))
     lines = [" " * width + "".join(f" | {column:>9} {'ratio':>6}" for column in COLUMNS)]
     for name, row in results.items():
-        cells = [f" | {row[c]:9.3g} {row[c] / results[USUAL][c]:5.2f}x" for c in COLUMNS]
+        base = results.get(USUAL) or results[name.removesuffix(UNFUSED) + UNFUSED]
+        cells = [f" | {row[c]:9.3g} {row[c] / base[c]:5.2f}x" for c in COLUMNS]
         lines.append(f"{name:<{width}}" + "".join(cells))
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = parser_of(__doc__)
+    parser.add_argument("--compare-unfused", action="store_true", help="what one pass for each ReLU saves")
     options = parser.parse_args()
     where = hardware(parser, options)
     results = measure(options)
