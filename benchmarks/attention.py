@@ -327,7 +327,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--criss-cross-only", action="store_true", help="leave the slow non-local ones out")
     parser.add_argument("--json", type=Path, help="write the numbers there as well")
+    parser.add_argument("--tf32", action="store_true", help="on CUDA, fp32 products may round to TF32")
     options = parser.parse_args()
+    if options.tf32:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
     if options.frames < 0:
         parser.error(f"--frames must be at least 1; got {options.frames}")
     results = measure(options)
