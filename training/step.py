@@ -1,5 +1,6 @@
 """One step of training: forward, loss, backward, update."""
 
+import inspect
 import math
 import os
 import resource
@@ -78,6 +79,12 @@ def keeps_buffers_equal(network: nn.Module, world_size: int) -> bool:
     return all(is_synchronized(module) for module in network.modules() if module._buffers)
 
 
+def _name_of_broadcast_buffers() -> str:
+    """DistributedDataParallel's ``broadcast_buffers``, which later versions of PyTorch have renamed."""
+    names = inspect.signature(DistributedDataParallel).parameters
+    return "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+
+
 def give_gradients_the_strides_of_parameters(network: nn.Module) -> None:
     """Let each gradient have its parameter's strides also where they are arbitrary, at sizes of 1.
 
@@ -146,13 +153,13 @@ class TrainStep:
         elif process.world_size > 1:
             process.broadcast(network.buffers())
             give_gradients_the_strides_of_parameters(network)
-            self.model = DistributedDataParallel(
-                network,
-                broadcast_buffers=not keeps_buffers_equal(network, process.world_size),
-                gradient_as_bucket_view=True,
-                # All steps use the same parameters; but it does not go with no_sync.
-                static_graph=self.accumulate == 1,
-            )
+            settings: dict[str, Any] = {
+                _name_of_broadcast_buffers(): not keeps_buffers_equal(network, process.world_size),
+                "gradient_as_bucket_view": True,
+                # All steps use the same parameters; but it goes neither with no_sync nor with the compiler.
+                "static_graph": self.accumulate == 1 and not compiled,
+            }
+            self.model = DistributedDataParallel(network, **settings)
 
     def __call__(self, batch: Batch, number: int | None = None) -> tuple[Losses, Tensor]:
         """Update the network.

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 
 import pytest
 import torch
@@ -221,7 +222,9 @@ def train_together(rank, folder):
             optimizer = build_optimizer(network, 0.1, 0.9, 1e-2)
             process = Process((CPU,), rank, 2)
             step = TrainStep(network, build_criterion(ohem=False), optimizer, process, accumulate=accumulate)
-            step.wrap_model()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                step.wrap_model()
             broadcasts = step.model.broadcast_buffers
             for number in range(4):
                 step(Batch(*(x[2 * rank : 2 * rank + 2] for x in batch())), number)
