@@ -186,8 +186,10 @@ class InPlaceABN(ABN):
         if not x.is_cuda:
             return imprecise_channels(weight, bias, self.eps, self.activation)
         # This waits for the GPU: once for each state of the parameters, and never while a graph is captured.
+        # A replica's are copies, new ones in each pass, perhaps in the same memory.
         state = (x.device, weight.data_ptr(), weight._version, bias._version)
-        if self._imprecise[0] != state and not torch.cuda.is_current_stream_capturing():
+        is_new = self._imprecise[0] != state or not isinstance(weight, nn.Parameter)
+        if is_new and not torch.cuda.is_current_stream_capturing():
             self._imprecise = state, imprecise_channels(weight, bias, self.eps, self.activation)
         return self._imprecise[1]
 

@@ -73,7 +73,7 @@ def own_group() -> dist.ProcessGroup:
 
 @dataclass(frozen=True)
 class Replica:
-    """One replica of a layer among those that nn.DataParallel makes for one forward pass."""
+    """One replica of a layer among those that a call of torch's ``replicate`` makes, for one pass or many."""
 
     rendezvous: "Rendezvous"
     layer: int  # the same for all replicas of a layer

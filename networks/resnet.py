@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from libs import InPlaceABN, norm_relu
 from networks.layers import Norm, conv3x3
 from networks.recomputation import checkpointed, recompute_in_backward
 
@@ -15,16 +16,15 @@ STEMS = ("deep", "plain", "v1c")
 DEEP_STEMS = {"deep": (64, 128), "v1c": (32, 64)}  # channels of the first two convolutions, of the third
 
 
-def relu_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv(relu(x)). Only x is saved, which an in-place normalisation before it saves anyway."""
-    rectified = F.threshold(x, 0.0, 0.0)  # relu; but its gradient needs what comes in, not what goes out
-    saved = x.detach()
-    with recompute_in_backward(rectified, lambda: F.relu(saved)):
+def norm_relu_conv(norm: nn.Module, x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """conv(relu(norm(x))). Only norm(x) is saved for it, which an in-place normalisation saves anyway."""
+    normalized, rectified = norm_relu(norm, x)
+    with recompute_in_backward(rectified, lambda: F.relu(normalized)):
         return conv(rectified)
 
 
 class Block(nn.Module):
-    """relu(branch(x) + shortcut(x)).
+    """relu(last_norm(branch(x)) + shortcut(x)).
 
     ``norm_pairs`` declares which normalisation follows directly on which convolution, for ``fold_norms``.
     """
@@ -33,13 +33,18 @@ class Block(nn.Module):
     downsample: nn.Module | None
 
     def branch(self, x: Tensor) -> Tensor:
+        """All but the last normalisation, which runs in one pass with the addition and the ReLU."""
+        raise NotImplementedError
+
+    @property
+    def last_norm(self) -> nn.Module:
         raise NotImplementedError
 
     def shortcut(self, x: Tensor) -> Tensor:
         return x if self.downsample is None else self.downsample(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu_(self.branch(x) + self.shortcut(x))
+        return norm_relu(self.last_norm, self.branch(x), self.shortcut(x))[1]
 
 
 def run_block_pair(first: Block, second: Block, x: Tensor) -> Tensor:
@@ -48,11 +53,12 @@ def run_block_pair(first: Block, second: Block, x: Tensor) -> Tensor:
     That is a sum of two tensors that are saved anyway: the first branch's result by its in-place
     normalisation, and x as the first convolution's input.
     """
-    branch, shortcut = first.branch(x), first.shortcut(x)
-    between = branch + shortcut
-    saved_branch, saved_shortcut = branch.detach(), shortcut.detach()
-    with recompute_in_backward(between, lambda: F.relu_(saved_branch + saved_shortcut)):
-        between = F.relu_(between)
+    if not isinstance(first.last_norm, InPlaceABN):  # then it saves its input, and the sum takes no more
+        return second(first(x))
+    shortcut = first.shortcut(x)
+    branch, between = norm_relu(first.last_norm, first.branch(x), shortcut)
+    saved_shortcut = shortcut.detach()
+    with recompute_in_backward(between, lambda: F.relu_(branch + saved_shortcut)):
         return second(between)
 
 
@@ -98,8 +104,11 @@ class BasicBlock(Block):
         self.downsample = downsample
 
     def branch(self, x: Tensor) -> Tensor:
-        out = self.bn1(self.conv1(x))
-        return self.bn2(relu_conv(self.conv2, out))
+        return norm_relu_conv(self.bn1, self.conv1(x), self.conv2)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.bn2
 
 
 class Bottleneck(Block):
@@ -127,9 +136,12 @@ class Bottleneck(Block):
         self.downsample = downsample
 
     def branch(self, x: Tensor) -> Tensor:
-        out = self.bn1(self.conv1(x))
-        out = self.bn2(relu_conv(self.conv2, out))
-        return self.bn3(relu_conv(self.conv3, out))
+        x = norm_relu_conv(self.bn1, self.conv1(x), self.conv2)
+        return norm_relu_conv(self.bn2, x, self.conv3)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.bn3
 
 
 # name: (block, blocks of each stage)
@@ -210,11 +222,12 @@ class DilatedResNet(Backbone):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B,3,H,W) → outputs of layer3 and layer4, each (B, channels, ~H/8, ~W/8)."""
-        x = self.bn1(self.conv1(images))
+        x, last_norm = self.conv1(images), self.bn1
         if self.stem in DEEP_STEMS:
-            x = self.bn2(relu_conv(self.conv2, x))
-            x = self.bn3(relu_conv(self.conv3, x))
-        x = F.relu_(self.maxpool(x))  # as the other way round, on a quarter of the positions
+            x = norm_relu_conv(self.bn1, x, self.conv2)
+            x = norm_relu_conv(self.bn2, x, self.conv3)
+            last_norm = self.bn3
+        x = F.relu_(self.maxpool(last_norm(x)))  # as the other way round, on a quarter of the positions
         x = self.layer2(self.layer1(x))
         layer3 = self.layer3(x)
         return layer3, self.layer4(layer3)

@@ -7,12 +7,19 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import replicate
+from torch.nn.parallel._functions import Broadcast
 
 Outputs = dict[str, Tensor]
+SIMPLE = frozenset((bool, int, float, str))
 
 
 class Replicas:
-    """nn.DataParallel without its bottleneck: each replica's outputs stay on its device, for the loss.
+    """nn.DataParallel without its bottlenecks: the outputs stay on their devices, the replicas last.
+
+    A step copies the parameters only. Replicas are made anew after a failure, and when something of the
+    network has changed other than by its steps: the mode of a module, an attribute that is a number or a
+    string, a parameter or buffer that was replaced, or a buffer that was written to. Until then each replica
+    updates buffers of its own, of which the first one's are the network's.
 
     Args:
         network: its parameters are on the first device and receive the gradients of all replicas.
@@ -35,6 +42,8 @@ class Replicas:
         # Threads that last: cuDNN's choice of kernels is remembered by thread.
         self._threads = [ThreadPoolExecutor(1) for _ in devices]
         self._replicas: list[nn.Module] = []
+        self._state: list[object] = []  # the network's that they were made of
+        self._places: list[tuple[nn.Module, str, int]] = []
         self._errors: list[BaseException] = []
 
     def __call__(self, *parts: Sequence[Tensor]) -> list[Outputs]:
@@ -43,7 +52,12 @@ class Replicas:
         Raises:
             BaseException: what the replica that failed first has raised.
         """
-        self._replicas, self._errors = replicate(self.network, self.devices), []
+        if self._replicas and _state_of(self.network) == self._state:
+            self._set_parameters(Broadcast.apply(self.devices, *self.network.parameters()))
+        else:
+            self._replicas = replicate(self.network, self.devices)
+            self._places = _places_of_parameters(self.network, self._replicas)
+        self._errors = []
         inputs = zip(*parts, strict=True)
         running = [
             thread.submit(self._run, replica, device, part)
@@ -53,6 +67,7 @@ class Replicas:
         ]
         outputs = [future.result() for future in running]
         if self._errors:
+            self._replicas = []
             raise self._errors[0]
         return [output for output in outputs if output is not None]
 
@@ -63,9 +78,15 @@ class Replicas:
         except BaseException as error:
             for replica in self._replicas:
                 self.abort(replica, error)
+            self._replicas = []
             raise
-        finally:
-            self._replicas = []  # with their parameters
+        self._set_parameters(None)  # they would take memory until the next step
+        self._state = _state_of(self.network)
+
+    def _set_parameters(self, copies: Sequence[Tensor] | None) -> None:
+        for module, name, index in self._places:
+            # Parameters of replicas are plain attributes; Module's own __setattr__ is ten times as slow.
+            vars(module)[name] = None if copies is None else copies[index]
 
     def _run(self, replica: nn.Module, device: torch.device, inputs: tuple[Tensor, ...]) -> Outputs | None:
         try:
@@ -75,3 +96,30 @@ class Replicas:
             self._errors.append(error)
             self.abort(replica, error)
             return None
+
+
+def _state_of(network: nn.Module) -> list[object]:
+    """What a network's replicas depend on besides the values of its parameters."""
+    state: list[object] = []
+    for module in network.modules():
+        state += [value for value in vars(module).values() if type(value) in SIMPLE]
+        state += map(id, (module, *module._parameters.values(), *module._buffers.values()))
+        state += [buffer._version for buffer in module._buffers.values() if buffer is not None]
+    return state
+
+
+def _places_of_parameters(
+    network: nn.Module, replicas: Sequence[nn.Module]
+) -> list[tuple[nn.Module, str, int]]:
+    """Module, name and index of each replica's parameters, among the copies that ``Broadcast`` gives."""
+    indices = {parameter: index for index, parameter in enumerate(network.parameters())}
+    places = []
+    for number, replica in enumerate(replicas):
+        for module, copy in zip(network.modules(), replica.modules(), strict=True):
+            copy._former_parameters = {}  # type: ignore[assignment]  # would keep those of the first step
+            places += [
+                (copy, name, number * len(indices) + indices[parameter])
+                for name, parameter in module._parameters.items()
+                if parameter is not None
+            ]
+    return places

@@ -1,11 +1,13 @@
 """One step of training: forward, loss, backward, update."""
 
+import inspect
 import math
 import os
 import resource
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +67,44 @@ def set_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> No
         group["lr"] = schedule(group["initial_lr"], step, recipe.num_steps, recipe.power)
 
 
+def keeps_buffers_equal(network: nn.Module, world_size: int) -> bool:
+    """Whether a step leaves the same bits in the buffers of all processes, if they were the same before.
+
+    A module with buffers says so by a method ``sync_group`` that gives a group of all processes.
+    """
+
+    def is_synchronized(module: Any) -> bool:
+        return hasattr(module, "sync_group") and getattr(module.sync_group(), "size", 1) == world_size
+
+    return all(is_synchronized(module) for module in network.modules() if module._buffers)
+
+
+def _name_of_broadcast_buffers() -> str:
+    """DistributedDataParallel's ``broadcast_buffers``, which later versions of PyTorch have renamed."""
+    names = inspect.signature(DistributedDataParallel).parameters
+    return "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+
+
+def give_gradients_the_strides_of_parameters(network: nn.Module) -> None:
+    """Let each gradient have its parameter's strides also where they are arbitrary, at sizes of 1.
+
+    The weight of a channels-last 1×1 convolution may have the strides (C,1,1,1) and its gradient
+    (C,1,C,C), in the same memory: DistributedDataParallel would warn of a slow copy, and copy slowly.
+    """
+    for parameter in network.parameters():
+        if parameter.requires_grad and 1 in parameter.shape:
+            parameter.register_hook(partial(_with_strides, parameter.stride()))
+
+
+def _with_strides(strides: tuple[int, ...], grad: Tensor) -> Tensor:
+    if grad.stride() == strides or any(
+        size != 1 and stride != wanted
+        for size, stride, wanted in zip(grad.shape, grad.stride(), strides, strict=True)
+    ):
+        return grad
+    return grad.as_strided(grad.shape, strides)
+
+
 class TrainStep:
     """Trains a network by one batch a call.
 
@@ -111,7 +151,15 @@ class TrainStep:
         if len(process.devices) > 1:
             self.model = Replicas(network, process.devices, self._autocast, self._abort)
         elif process.world_size > 1:
-            self.model = DistributedDataParallel(network)
+            process.broadcast(network.buffers())
+            give_gradients_the_strides_of_parameters(network)
+            settings: dict[str, Any] = {
+                _name_of_broadcast_buffers(): not keeps_buffers_equal(network, process.world_size),
+                "gradient_as_bucket_view": True,
+                # All steps use the same parameters; but it goes neither with no_sync nor with the compiler.
+                "static_graph": self.accumulate == 1 and not compiled,
+            }
+            self.model = DistributedDataParallel(network, **settings)
 
     def __call__(self, batch: Batch, number: int | None = None) -> tuple[Losses, Tensor]:
         """Update the network.

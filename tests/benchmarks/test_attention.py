@@ -49,6 +49,31 @@ def test_the_pytorch_path_of_the_benchmark_has_the_operators_gradients(benchmark
         torch.testing.assert_close(ours, other)
 
 
+def test_on_cuda_events_time_several_calls_that_the_host_launches_ahead(benchmark, monkeypatch):
+    """The order in which a GPU would get them."""
+    queue = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            queue.append(self)
+
+        def synchronize(self):
+            assert self is queue[-1]
+
+        def elapsed_time(self, end):
+            return 2.0 * (queue.index(end) - queue.index(self) - 1)  # of 2 ms each
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queue.append("sleep"))
+    took = benchmark.device_seconds(lambda: queue.append("call"), torch.device("cuda"))
+    assert took == pytest.approx(0.002)
+    assert queue[0] == "sleep"
+    assert queue[2:-1] == ["call"] * benchmark.CALLS
+
+
 @pytest.mark.parametrize("frames", [0, 2])
 def test_runs_and_writes_its_numbers(tmp_path, frames):
     options = [

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -24,6 +25,25 @@ def test_train_step(monkeypatch, capsys, tmp_path):
     assert list(results) == [train_step.USUAL, *train_step.OURS]
     assert "1.00x" in out
     assert all(row[column] > 0 for row in results.values() for column in train_step.COLUMNS)
+
+
+def test_the_unfused_code(monkeypatch, capsys):
+    """It has the bits of the fused one, and a row of its own."""
+    images, results = torch.randn(2, 3, 33, 33), []
+    monkeypatch.setattr(train_step, "OURS", {"ours": ("off", False)})
+    assert "\nours in parts |" in run(
+        train_step,
+        monkeypatch,
+        capsys,
+        *("--compare-unfused", "--backbone", "resnet18", "--size", 33, "--rounds", 1),
+    )
+    for code in (train_step.unfused_code, nullcontext):
+        torch.manual_seed(0)
+        model = build_model(backbone="resnet18", num_classes=5).to(memory_format=torch.channels_last)
+        with code():
+            model(images, torch.arange(2))["out"].square().mean().backward()
+        results.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_the_usual_code_computes_the_same():

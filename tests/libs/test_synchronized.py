@@ -182,15 +182,17 @@ def inputs(count):
 
 
 @pytest.mark.parametrize("count", PARTS)
-def test_replicas_equal_one_with_the_joined_batch(replicate, count):
+@pytest.mark.parametrize("lasting", [False, True])
+def test_replicas_equal_one_with_the_joined_batch(replicate, count, lasting):
     network, plain = network_of(InPlaceABNSync), network_of(ABN)
     plain.load_state_dict(network.state_dict())
-    never_run = []
+    kept, never_run = replicate(network, count), []
     for _ in range(3):  # statistics and gradients go on from one pass to the next
         xs, grads = inputs(count)
         xs = [x.requires_grad_() for x in xs]
         joined = torch.cat(xs).detach().requires_grad_()
-        outs = forward_in_threads(replicate(network, count), xs)
+        replicas = [replica.train() for replica in kept] if lasting else replicate(network, count)
+        outs = forward_in_threads(replicas, xs)
         in_threads([lambda o=o, g=g: o.backward(g) for o, g in zip(outs, grads, strict=True)])
         want = plain(joined)
         want.backward(torch.cat(grads))
@@ -202,7 +204,9 @@ def test_replicas_equal_one_with_the_joined_batch(replicate, count):
         for got, expected in zip(network.buffers(), plain.buffers(), strict=True):
             same(got, expected)
         never_run += [replicate(network, 3), replicate(network, 2)]
-        outs = forward_in_threads(replicate(network.eval(), count), xs)  # gathers nothing
+        network.eval()
+        replicas = [replica.eval() for replica in kept] if lasting else replicate(network, count)
+        outs = forward_in_threads(replicas, xs)  # gathers nothing
         same(torch.cat(outs), plain.eval()(joined))
         network.train()
         plain.train()

@@ -30,6 +30,8 @@ class NormFirst(nn.Module):
 
 
 class NormFirstBlock(BasicBlock):
+    last_norm = nn.Identity()
+
     def branch(self, x):
         return self.conv2(self.bn2(self.conv1(self.bn1(x).relu())).relu())
 

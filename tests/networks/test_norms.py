@@ -1,16 +1,18 @@
 """The network with each normalisation: the same numbers, and less memory in place."""
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import libs
 from benchmarks.attention import levels
-from libs import ABN
+from libs import ABN, InPlaceABN
 from networks import build_model, fold_norms
-from networks.resnet import BasicBlock, relu_conv, run_block_pair
+from networks.resnet import BasicBlock, Bottleneck, norm_relu_conv, run_block_pair
 
 
 def lively(model):
@@ -64,31 +66,50 @@ def test_in_place_holds_less():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_convolution_of_relu_holds_its_input_only(stride):
-    conv, x = nn.Conv2d(3, 4, 3, stride).double(), torch.randn(2, 3, 7, 9, dtype=torch.float64)
-    x.requires_grad_()
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        out = relu_conv(conv, x)
-    assert {t.data_ptr() for t in saved} <= {x.data_ptr(), conv.weight.data_ptr()}
-    torch.testing.assert_close(out, conv(x.relu()))
-    wanted = (x, conv.weight, conv.bias)
-    grad = torch.randn_like(out)
-    actual, expected = (torch.autograd.grad(o, wanted, grad) for o in (out, conv(x.relu())))
-    for got, want in zip(actual, expected, strict=True):
-        torch.testing.assert_close(got, want)
-
-
-def test_a_block_pair_is_one_after_the_other():
+@pytest.mark.parametrize("kind", [ABN, InPlaceABN, nn.BatchNorm2d, nn.Identity])
+def test_convolution_of_relu_holds_no_more_than_its_normalisation(kind, stride):
     torch.manual_seed(0)
-    first, second = (BasicBlock(6, 6, lambda channels: ABN(channels, activation="identity")) for _ in "12")
-    blocks = nn.ModuleList([first, second]).double()
-    x = torch.randn(2, 6, 5, 7, dtype=torch.float64, requires_grad=True)
-    wanted = (x, *blocks.parameters())
-    outs = run_block_pair(first, second, x), second(first(x))
-    torch.testing.assert_close(*outs)
-    for got, want in zip(*(torch.autograd.grad(out.square().sum(), wanted) for out in outs), strict=True):
-        torch.testing.assert_close(got, want)
+    norm = kind(3, activation="identity") if issubclass(kind, ABN) else kind(3)
+    layers = nn.ModuleList([norm, nn.Conv2d(3, 4, 3, stride)]).double()
+    norm, conv = layers
+    leaf = torch.randn(2, 3, 7, 9, dtype=torch.float64, requires_grad=True)
+    x, saved = leaf * 1, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = norm_relu_conv(norm, x, conv)
+    large = {t.data_ptr() for t in saved if t.numel() == x.numel()}
+    assert len(large) <= (1 if kind in (InPlaceABN, nn.Identity) else 2)  # the others save their input
+    wanted = (leaf, *layers.parameters())
+    grad = torch.randn_like(out)
+    want = conv(norm(leaf * 1).relu())
+    torch.testing.assert_close(out, want)
+    actual, expected = (torch.autograd.grad(o, wanted, grad) for o in (out, want))
+    for got, exact in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, exact)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+@pytest.mark.parametrize("kind", [ABN, InPlaceABN, "folded", "compiled"])
+def test_a_block_pair_is_one_after_the_other(block, kind):
+    torch.manual_seed(0)
+    norm = ABN if kind == "folded" else InPlaceABN if kind == "compiled" else kind
+    blocks = nn.ModuleList(
+        block(8, 8 // block.expansion, lambda channels: norm(channels, activation="identity")) for _ in "12"
+    )
+    blocks.double()
+    if kind == "folded":
+        blocks = fold_norms(blocks)
+    first, second = blocks
+    x = torch.randn(2, 8, 5, 7, dtype=torch.float64, requires_grad=True)
+    wanted = (x, *(p for p in blocks.parameters() if p.requires_grad))
+    with patch("torch.compiler.is_compiling", lambda: kind == "compiled"):
+        outs = run_block_pair(first, second, x), second(first(x))
+    plain = F.relu(second.last_norm(second.branch(y := F.relu(first.last_norm(first.branch(x)) + x))) + y)
+    for out in outs:
+        torch.testing.assert_close(out, plain)
+    results = [torch.autograd.grad(out.square().sum(), wanted) for out in (*outs, plain)]
+    for gradients in zip(*results, strict=True):
+        for got in gradients[:2]:
+            torch.testing.assert_close(got, gradients[2])
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])

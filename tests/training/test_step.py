@@ -1,18 +1,29 @@
 """One step of training: precisions, parts of a batch, replicas on several devices."""
 
+import os
 import time
+import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import libs
 from dataset import Batch
-from libs import ABN, InPlaceABNSync
+from libs import ABN, InPlaceABN, InPlaceABNSync
 from networks.layers import SampleDropout2d
+from tests.scripts.processes import CONTEXT
 from training.criterion import build_criterion
 from training.recipes import Recipe
-from training.step import TrainingError, TrainStep, build_optimizer, complete_momentum, set_rates
+from training.step import (
+    TrainingError,
+    TrainStep,
+    build_optimizer,
+    complete_momentum,
+    give_gradients_the_strides_of_parameters,
+    set_rates,
+)
 from utils.distributed import Process
 
 CPU = torch.device("cpu")
@@ -51,8 +62,27 @@ def make(norm=ABN, devices=(CPU,), between=None, **options):
     return network, step
 
 
+@pytest.fixture
+def made(replicate, monkeypatch):
+    """Lets ``Replicas`` run on the CPU; the replicas of each time that they are made."""
+    made = []
+
+    class Broadcast:
+        @staticmethod
+        def apply(devices, *tensors):
+            return [tensor.clone() for _ in devices for tensor in tensors]
+
+    def counted(network, devices):
+        made.append(replicate(network, len(devices)))
+        return made[-1]
+
+    monkeypatch.setattr("training.replicas.Broadcast", Broadcast)
+    monkeypatch.setattr("training.replicas.replicate", counted)
+    return made
+
+
 @pytest.mark.parametrize(("count", "accumulate"), [(2, 1), (4, 1), (2, 2)])
-def test_several_devices_are_one(replicate, count, accumulate):
+def test_several_devices_are_one(made, count, accumulate):
     """On the CPU one thread does all of a backward pass, so replicas cannot wait for each other there.
 
     That they share statistics then is tested in tests/libs; here their normalisation is frozen.
@@ -68,6 +98,38 @@ def test_several_devices_are_one(replicate, count, accumulate):
         torch.testing.assert_close(step.gradient_norm(), whole.gradient_norm(), rtol=1e-10, atol=1e-12)
     for got, want in zip(network.state_dict().values(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    assert len(made) == 1
+    replicas = made[0]
+    assert all(replica.conv.weight is None for replica in replicas)  # their memory is free between steps
+
+
+def test_replicas_are_made_again_when_the_network_has_changed(made):
+    """Otherwise a replica would go on with what it was made of."""
+    network, step = make(ABN, (CPU, CPU))
+    other, whole = make(ABN, (CPU, CPU))
+
+    def replaced(network):
+        network.out = nn.Conv2d(8, 4, 1, bias=False, dtype=torch.float64)
+        nn.init.ones_(network.out.weight)
+
+    changes = [
+        lambda network: None,
+        libs.freeze,
+        lambda network: setattr(network.dropout, "p", 0.9),
+        lambda network: network.norm.running_mean.fill_(0.5),
+        lambda network: setattr(network.norm, "running_var", torch.full((8,), 2.0, dtype=torch.float64)),
+        replaced,
+        lambda network: None,
+    ]
+    counts = []
+    for change in changes:
+        change(network)
+        change(other)
+        whole.wrap_model()  # makes new ones each time
+        got, want = step(batch()), whole(batch())
+        assert torch.equal(got[0]["loss"], want[0]["loss"])
+        counts.append(len(made))
+    assert counts == [2, 4, 6, 8, 10, 12, 13]
 
 
 class Fails(nn.Module):
@@ -94,16 +156,20 @@ def features_of_the_last_two():
         return network.conv(batch().images[2:].contiguous(memory_format=torch.channels_last))
 
 
-def test_a_replica_that_fails_ends_the_step_with_its_error(replicate):
+def test_a_replica_that_fails_ends_the_step_with_its_error(made):
     """At once, although the other waits for it in its normalisation."""
-    _, step = make(InPlaceABNSync, (CPU, CPU), Fails("forward", features_of_the_last_two()))
+    network, step = make(InPlaceABNSync, (CPU, CPU), Fails("forward", features_of_the_last_two()))
     began = time.monotonic()
     with pytest.raises(ArithmeticError, match="out of luck"):
         step(batch())
     assert time.monotonic() - began < 5
+    network.between = nn.Identity()
+    libs.freeze(network)  # or the backward pass would wait, see above
+    step(batch())
+    assert len(made) == 2
 
 
-def test_a_backward_pass_that_fails_calls_the_replicas_that_wait(replicate):
+def test_a_backward_pass_that_fails_calls_the_replicas_that_wait(made):
     called = []
     between = Fails("backward", features_of_the_last_two())
     network, step = make(InPlaceABNSync, (CPU, CPU), between, abort=lambda *call: called.append(call))
@@ -112,6 +178,80 @@ def test_a_backward_pass_that_fails_calls_the_replicas_that_wait(replicate):
         step(batch())
     assert len({replica for replica, _ in called}) == 2
     assert all(cause is error.value for _, cause in called)
+    network.between = nn.Identity()
+    step(batch())
+    assert len(made) == 2
+
+
+class GradientOfOtherStrides(torch.autograd.Function):
+    """weight (N,C,1,1) → weight; its gradient has the strides (C,1,C,C), as cuDNN's channels-last."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.contiguous().as_strided(grad.shape, (grad.shape[1], 1, *[grad.shape[1]] * 2))
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 1, 1), (4, 8, 3, 3)])
+def test_gradients_get_the_strides_of_their_parameters(shape):
+    network, gradients = nn.Conv2d(8, 4, shape[2], bias=False), []
+    if shape[2] == 1:
+        network.weight.data = network.weight.data.as_strided(shape, (8, 1, 1, 1))
+    give_gradients_the_strides_of_parameters(network)
+    weight = network.weight if shape[2] > 1 else GradientOfOtherStrides.apply(network.weight)
+    network.weight.register_hook(gradients.append)  # after ours
+    factors = torch.randn(shape)
+    (weight * factors).sum().backward()
+    assert torch.equal(network.weight.grad, factors)
+    assert gradients[0].stride() == network.weight.stride() == network.weight.grad.stride()
+
+
+def train_together(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    results = {}
+    for norm in (InPlaceABNSync, InPlaceABN):
+        for accumulate in (1, 2):
+            torch.manual_seed(0)
+            network = Network(norm).double()
+            if rank == 1:
+                network.norm.running_mean.fill_(7)
+            optimizer = build_optimizer(network, 0.1, 0.9, 1e-2)
+            process = Process((CPU,), rank, 2)
+            step = TrainStep(network, build_criterion(ohem=False), optimizer, process, accumulate=accumulate)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                step.wrap_model()
+            broadcasts = step.model.broadcast_buffers
+            for number in range(4):
+                step(Batch(*(x[2 * rank : 2 * rank + 2] for x in batch())), number)
+            results[norm.__name__, accumulate] = network.state_dict(), broadcasts, step.model.static_graph
+    torch.save(results, folder / f"{rank}.pt")
+    dist.barrier()
+    os._exit(0)  # as exit_process does
+
+
+def test_processes_keep_weights_and_synchronised_buffers_equal(tmp_path):
+    """Without exchanging the buffers that synchronised layers have made equal anyway."""
+    processes = [CONTEXT.Process(target=train_together, args=(rank, tmp_path)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for (norm, accumulate), (state, broadcasts, static) in first.items():
+        other = second[norm, accumulate][0]
+        buffers = {name for name in state if "running" in name}
+        assert broadcasts == (norm == "InPlaceABN")
+        assert static == (accumulate == 1)
+        assert all(torch.equal(state[name], other[name]) for name in state.keys() - buffers)
+        equal = all(torch.equal(state[name], other[name]) for name in buffers)
+        assert equal == (norm == "InPlaceABNSync")
+        assert state["norm.running_mean"].abs().max() < 5
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
