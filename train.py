@@ -32,6 +32,7 @@ from training.snapshots import Snapshots, checkpoint_size, find_checkpoint
 from training.step import TrainStep, build_step, make_deterministic, set_rates
 from utils.arguments import run_script
 from utils.distributed import Process, choose_devices, process_group
+from utils.memory import FreedMemory
 
 LOG_EVERY = 10  # steps; reading a loss waits for the device, so it is not done at every step
 PICTURES = 10  # how often in a run predictions are shown in TensorBoard
@@ -160,6 +161,7 @@ def train(run: Run, first_step: int) -> None:
     )
     run.step.wrap_model(options.compile)
     window, normalization = LossWindow(process, recipe.batch_size), run.data.train.transform.normalization
+    freed_memory = FreedMemory()
     done = saved = first_step
     with (
         run.interruption,
@@ -184,6 +186,7 @@ def train(run: Run, first_step: int) -> None:
             save_now = is_due(options.save_pred_every, step) or step == recipe.num_steps
             if save_now or is_due(LOG_EVERY, step):
                 log(run, step, window.read(step), progress)
+                freed_memory.give_back()
             if progress and is_due(max(recipe.num_steps // PICTURES, 1), step):
                 progress.pictures(
                     step, panels(batch, logits, options.save_num_images, run.data.spec.labels, normalization)
