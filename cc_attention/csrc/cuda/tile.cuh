@@ -114,26 +114,29 @@ __device__ void gather(const Shared<Engine>& shared, const Segment<const T>& val
   const int chunks = ceil_div(channel_end - channel_begin, Engine::TILE);
   const bool to_aligned = is_aligned(to), values_aligned = is_aligned(values);
   typename Engine::Accumulator sum;
-  // Where load() and use() are: loads are one step ahead.
   struct Counter {
-    int channel, place = 0;
-    __device__ void next(int steps) {
-      if (++place == steps) place = 0, channel += Engine::TILE;
+    int channel, place;
+    __device__ Counter next(int steps) const {
+      return place + 1 == steps ? Counter{channel + Engine::TILE, 0} : Counter{channel, place + 1};
     }
   };
-  Counter loaded{channel_begin}, used{channel_begin};
+  Counter now{channel_begin - Engine::TILE, steps - 1};  // the last step used
   pipeline(
       chunks * steps, shared.buffers, Shared<Engine>::BUFFER,
-      [&](int, Element* buffer) {
-        const bool is_old = loaded.place < old_steps;
-        load_tile<DEPTH, Engine::TILE, LD, Engine::THREADS>(
-            buffer, is_old ? old : values, is_old ? to_aligned : values_aligned,
-            (loaded.place - (is_old ? 0 : old_steps)) * DEPTH, loaded.channel);
-        loaded.next(steps);
+      [&](int step, Element* buffer) {
+        Counter loaded = now.next(steps);
+        if (step > 0) loaded = loaded.next(steps);  // the step in between is not used yet
+        if (loaded.place < old_steps) {
+          load_tile<DEPTH, Engine::TILE, LD, Engine::THREADS>(buffer, old, to_aligned, loaded.place * DEPTH,
+                                                              loaded.channel);
+        } else {
+          load_tile<DEPTH, Engine::TILE, LD, Engine::THREADS>(buffer, values, values_aligned,
+                                                              (loaded.place - old_steps) * DEPTH, loaded.channel);
+        }
       },
       [&](int, Element* buffer) {
-        const auto [channel, place] = used;
-        used.next(steps);
+        now = now.next(steps);
+        const auto [channel, place] = now;
         if (place == 0) clear<Engine>(sum);
         if (place < old_steps) {
 #pragma unroll
