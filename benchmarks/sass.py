@@ -6,7 +6,7 @@ Each kernel has its registers, spilled bytes and shared memory. A loop is the co
 and its target, without loops inside it. Of the loops with tensor-core instructions (HMMA) the table has their
 number and the most instructions that one has for 16 HMMA; "at full width" is the same for loops with the most
 HMMA, which do nearly all of the work. "per 64 bytes" counts the basic blocks that copy to shared memory
-asynchronously (LDGSTS), whole, by copies of 16 bytes. These are static counts: nothing is run.
+asynchronously (LDGSTS), whole, by copies of 16 bytes. Loops on CUDA cores: those with the most FFMA. These are static counts: nothing is run.
 """
 
 import argparse
@@ -175,7 +175,8 @@ def row(name: str, kernel: Kernel) -> list[str]:
     widest = max((x.hmma for x in products), default=0)
     full = [16 * x.instructions / x.hmma for x in products if x.hmma == widest]
     every = [16 * x.instructions / x.hmma for x in products]
-    multiplied = [256 * x.shared_loads / x.ffma for x in kernel.loops if x.ffma >= 64]
+    longest = max((x.ffma for x in kernel.loops if x.ffma >= 64), default=0)
+    multiplied = [256 * x.shared_loads / x.ffma for x in kernel.loops if longest and x.ffma == longest]
     cells = [name, str(kernel.registers), str(kernel.spilled_bytes), str(kernel.shared_bytes)]
     cells += [str(len(products)) if products else "–"]
     cells += [f"{max(full):.0f}" if full else "–", f"{max(every):.0f}" if every else "–"]
