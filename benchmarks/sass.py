@@ -6,7 +6,8 @@ Each kernel has its registers, spilled bytes and shared memory. A loop is the co
 and its target, without loops inside it. Of the loops with tensor-core instructions (HMMA) the table has their
 number and the most instructions that one has for 16 HMMA; "at full width" is the same for loops with the most
 HMMA, which do nearly all of the work. "per 64 bytes" counts the basic blocks that copy to shared memory
-asynchronously (LDGSTS), whole, by copies of 16 bytes. Loops on CUDA cores: those with the most FFMA. These are static counts: nothing is run.
+asynchronously (LDGSTS), whole, by copies of 16 bytes. On CUDA cores the loops with the most FFMA count.
+These are static counts: nothing is run.
 """
 
 import argparse
