@@ -1,10 +1,10 @@
 """The CUDA kernels without a GPU: run on an emulator, and compiled for every architecture they are meant for.
 
 The kernel headers in cc_attention/csrc/cuda hold no call to CUDA or PyTorch, so a C++ compiler can build them
-on top of cuda_emulator.h, which runs each CUDA thread with a stack of its own. Where the emulator takes another
-branch than a GPU (CC_ATTENTION_EMULATED) it is for single instructions: cp.async with its zero fill and its groups,
-ldmatrix, mma and the conversions of half types and TF32. Which addresses, registers and lanes these are given is
-code that both run. What only sm_75 and older do, copies that are not asynchronous, is compiled and never run here.
+on top of cuda_emulator.h, which runs each CUDA thread with a stack of its own. Where the emulator takes
+another branch than a GPU (CC_ATTENTION_EMULATED) it is for single instructions: cp.async with its zero fill
+and groups, ldmatrix, mma, conversions of half types and TF32. Which addresses, registers and lanes these are
+given is code that both run. Copies on sm_75 and older, not asynchronous, are compiled and never run here.
 """
 
 import ctypes

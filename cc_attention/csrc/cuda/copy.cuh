@@ -79,12 +79,15 @@ struct Walk {
   __device__ Walk(const Segment<T>& segment, int position, int channel)
       : row(static_cast<int>(threadIdx.x) / VECTORS), column(static_cast<int>(threadIdx.x) % VECTORS * VECTOR) {
     end = channel + column < segment.channels ? segment.positions - position - row : 0;
-    first = segment.data + (position + row) * segment.stride + channel + column;
     stride = static_cast<unsigned>(segment.stride / VECTOR);
+    first = segment.data + channel + column + rows(static_cast<unsigned>(position + row));
   }
   __device__ bool inside(int n) const { return n * STEP < end; }
-  // 32 bits times a constant to 64 bits: one instruction.
-  __device__ T* at(int n) const { return first + static_cast<unsigned long long>(stride) * (n * STEP * VECTOR); }
+  __device__ T* at(int n) const { return first + rows(n * STEP); }
+  // Elements: 32 times 32 bits to 64 bits is one instruction, with a stride of 64 bits it would be six.
+  __device__ Index rows(unsigned count) const {
+    return static_cast<Index>(static_cast<unsigned long long>(stride) * count * VECTOR);
+  }
 };
 
 // Starts to copy ROWS positions × COLUMNS channels, from the given ones on, into a tile of leading dimension
