@@ -68,11 +68,16 @@ extern "C" void attention(int backward, int tensor_cores, const char* dtype,
   }
 }
 
-// The launcher's own plan, to look at: tile, images, splits.
-extern "C" void plan_of(int tensor_cores, const int* sizes, int multiprocessors, int* values) {
+// The launcher's own plan for the forward, to look at: tile, images, splits. Device: multiprocessors, blocks, MiB.
+extern "C" void plan_of(int tensor_cores, const int* sizes, const int* device_values, int* values) {
   const Shape shape{sizes[0], sizes[1], sizes[2], {sizes[3], sizes[4], sizes[5]}};
-  const Plan plan = tensor_cores ? plan_for<TensorCore<Half>>(shape, multiprocessors)
-                                 : plan_for<Portable<float>>(shape, multiprocessors);
+  const Device device{device_values[0], device_values[1], static_cast<Index>(device_values[2]) << 20};
+  const auto plan_on = [&](auto engine, auto element) {
+    using Engine = decltype(engine);
+    return plan_for<Engine>(shape, device, forward_bytes<Engine, decltype(element)>(shape));
+  };
+  const Plan plan =
+      tensor_cores ? plan_on(TensorCore<Half>{}, Half{}) : plan_on(Portable<float>{}, float{});
   values[0] = plan.tile;
   values[1] = static_cast<int>(plan.images);
   values[2] = plan.splits;

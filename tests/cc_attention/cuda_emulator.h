@@ -196,8 +196,9 @@ void launch(Dim3 grid, unsigned threads, size_t shared_bytes, Kernel kernel) {
   });
 }
 
+// 16 bytes; of these `bytes` from the source, 16 or none, and zeros after them.
 inline void copy_async(void* to, const void* from, size_t bytes) {
-  const auto aligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  const auto aligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   require(aligned(to) && aligned(from), "cp.async to or from an address that is not aligned");
   self->open_group.push_back({to, from, bytes});
 }
@@ -207,7 +208,10 @@ inline void close_copy_group() { self->copy_groups.push_back(std::exchange(self-
 inline void wait_for_all_groups_but_one() {
   auto& groups = self->copy_groups;
   for (; groups.size() > 1; groups.erase(groups.begin())) {
-    for (const PendingCopy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    for (const PendingCopy& copy : groups.front()) {
+      std::memset(copy.to, 0, 16);
+      if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
+    }
   }
 }
 

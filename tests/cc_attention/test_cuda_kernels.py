@@ -1,7 +1,10 @@
 """The CUDA kernels without a GPU: run on an emulator, and compiled for every architecture they are meant for.
 
 The kernel headers in cc_attention/csrc/cuda hold no call to CUDA or PyTorch, so a C++ compiler can build them
-on top of cuda_emulator.h, which runs each CUDA thread with a stack of its own.
+on top of cuda_emulator.h, which runs each CUDA thread with a stack of its own. Where the emulator takes
+another branch than a GPU (CC_ATTENTION_EMULATED) it is for single instructions: cp.async with its zero fill
+and groups, ldmatrix, mma, conversions of half types and TF32. Which addresses, registers and lanes these are
+given is code that both run. Copies on sm_75 and older, not asynchronous, are compiled and never run here.
 """
 
 import ctypes
@@ -253,19 +256,35 @@ def test_inputs_that_begin_anywhere(emulated, engine, dtype):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+H200, A100_40, SMALL_CACHE = (
+    (132, 2, 50),
+    (108, 1, 40),
+    (132, 2, 24),
+)  # multiprocessors, blocks on each, MiB of L2
+
+
 @pytest.mark.parametrize(
-    ("engine", "shape", "expected"),
+    ("engine", "device", "shape", "expected"),
     [
-        ("tensor_core", (8, 64, 512, 1, 97, 97), (128, 2, 1)),  # 194 lines, 264 blocks fit
-        ("tensor_core", (1, 64, 512, 1, 97, 97), (128, 1, 2)),
-        ("tensor_core", (1, 1, 1, 1, 1, 1), (128, 1, 1)),
-        ("portable", (2, 64, 512, 4, 97, 97), (64, 4, 1)),
-        ("portable", (100, 64, 512, 1, 1000, 1000), (64, 1, 1)),
+        ("tensor_core", H200, (8, 64, 512, 1, 97, 97), (128, 2, 1)),  # 194 lines, 264 blocks and 43 MB fit
+        (
+            "tensor_core",
+            A100_40,
+            (8, 64, 512, 1, 97, 97),
+            (128, 1, 1),
+        ),  # where a block needs much shared memory
+        ("tensor_core", SMALL_CACHE, (8, 64, 512, 1, 97, 97), (128, 1, 2)),
+        ("tensor_core", (132, 2, 1), (8, 64, 512, 1, 97, 97), (128, 1, 2)),  # no image fits
+        ("tensor_core", H200, (1, 64, 512, 1, 97, 97), (128, 1, 2)),
+        ("tensor_core", H200, (1, 1, 1, 1, 1, 1), (128, 1, 1)),
+        ("tensor_core", H200, (2, 0, 0, 1, 9, 9), (128, 2, 1)),  # nothing is read at all
+        ("portable", (132, 6, 50), (2, 64, 512, 4, 97, 97), (64, 4, 1)),  # whatever fits the cache
+        ("portable", (132, 6, 50), (100, 64, 512, 1, 1000, 1000), (64, 1, 1)),
     ],
 )
-def test_division_of_work_on_an_h200(emulated, engine, shape, expected):
+def test_division_of_work(emulated, engine, device, shape, expected):
     plan = (ctypes.c_int * 3)()
-    emulated.plan_of(engine != "portable", (ctypes.c_int * 6)(*shape), 132, plan)
+    emulated.plan_of(engine != "portable", (ctypes.c_int * 6)(*shape), (ctypes.c_int * 3)(*device), plan)
     assert tuple(plan) == expected
 
 

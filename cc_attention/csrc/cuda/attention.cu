@@ -87,12 +87,6 @@ cudaStream_t current_stream(const Tensor& x) {
   return static_cast<cudaStream_t>(stream);
 }
 
-int multiprocessors(const Tensor& x) {
-  int count = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, x.get_device_index()));
-  return count;
-}
-
 dim3 grid_of(Index x, int y = 1) {
   STD_TORCH_CHECK(x <= std::numeric_limits<int>::max(), "the map is too large for one launch: ", x, " blocks");
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
@@ -116,6 +110,18 @@ void allow_shared_memory(Kernel* kernel) {
   }
 }
 
+// Ask after allow_shared_memory(): a kernel that may not run at all has no blocks.
+template <typename Engine, typename Kernel>
+Device device_of(const Tensor& x, Kernel* kernel) {
+  int multiprocessors = 0, cache_bytes = 0, blocks = 0;
+  const int index = x.get_device_index();
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, index));
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, Engine::THREADS,
+                                                               Shared<Engine>::BYTES));
+  return {multiprocessors, blocks, cache_bytes};
+}
+
 template <typename Engine, typename T>
 void forward_on(const Shape& shape, const Tensor& query, const Tensor& key, const Tensor& value, Tensor& out,
                 Tensor& lse) {
@@ -123,8 +129,10 @@ void forward_on(const Shape& shape, const Tensor& query, const Tensor& key, cons
   const cudaStream_t stream = current_stream(query);
   const Tensor scratch = empty_wide(query);
   allow_shared_memory<Engine>(forward_kernel<Engine, T>);
-  forward<Engine, T>(shape, plan_for<Engine>(shape, multiprocessors(query)), data<const T>(query), data<const T>(key),
-                     data<const T>(value), data<T>(out), data<Number>(lse), data<Number>(scratch),
+  const Device device = device_of<Engine>(query, forward_kernel<Engine, T>);
+  const Plan plan = plan_for<Engine>(shape, device, forward_bytes<Engine, T>(shape));
+  forward<Engine, T>(shape, plan, data<const T>(query), data<const T>(key), data<const T>(value), data<T>(out),
+                     data<Number>(lse), data<Number>(scratch),
                      [&](const ForwardPass<T>& pass, Index x, int y) {
                        forward_kernel<Engine>
                            <<<grid_of(x, y), Engine::THREADS, Shared<Engine>::BYTES, stream>>>(pass);
@@ -139,10 +147,12 @@ void backward_on(const Shape& shape, const Tensor& grad, const Tensor& query, co
   const cudaStream_t stream = current_stream(query);
   const Tensor delta = empty_wide(query);
   allow_shared_memory<Engine>(backward_kernel<Engine, T>);
+  // Its blocks take all channels of a line, so fewer images would leave multiprocessors without work.
+  const Plan plan = plan_for<Engine>(shape, device_of<Engine>(query, backward_kernel<Engine, T>), 0);
   backward<T>(
-      shape, plan_for<Engine>(shape, multiprocessors(query)), data<const T>(grad), data<const T>(query),
-      data<const T>(key), data<const T>(value), data<const T>(out), data<const Number>(lse), data<Number>(delta),
-      data<T>(dquery), data<T>(dkey), data<T>(dvalue),
+      shape, plan, data<const T>(grad), data<const T>(query), data<const T>(key), data<const T>(value),
+      data<const T>(out), data<const Number>(lse), data<Number>(delta), data<T>(dquery), data<T>(dkey),
+      data<T>(dvalue),
       [&](const Delta<T>& task, Index x) {
         delta_kernel<<<grid_of(x), Delta<T>::THREADS, 0, stream>>>(task);
         STD_CUDA_KERNEL_LAUNCH_CHECK();

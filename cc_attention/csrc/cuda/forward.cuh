@@ -42,14 +42,16 @@ __device__ void combine_row(Number (&part)[Engine::ROWS], Number* memory, Combin
   for (int i = 0; i < Engine::ROWS; ++i) {
     const Number* row = memory + Engine::row(i) * Engine::GROUPS;
     part[i] = row[0];
+#pragma unroll 1  // more loads under way would want registers that the energies take
     for (int g = 1; g < Engine::GROUPS; ++g) part[i] = combine(part[i], row[g]);
   }
 }
 
-// Energies become weights exp(e - lse'), old_lse becomes lse', and old_share exp(lse - lse').
+// Energies become weights exp(e - lse'), lse becomes lse', and old_share exp(lse - lse'). Rows from `rows` on may
+// become anything.
 template <typename Engine, typename Number>
 __device__ void softmax(typename Engine::Accumulator& energies, Number (&lse)[Engine::ROWS],
-                        Number (&old_share)[Engine::ROWS], bool last, void* memory) {
+                        Number (&old_share)[Engine::ROWS], int rows, bool last, void* memory) {
   Number* maxima = static_cast<Number*>(memory);
   Number* sums = maxima + Engine::TILE * Engine::GROUPS;
   constexpr int NEEDED = 2 * Engine::TILE * Engine::GROUPS * sizeof(Number);
@@ -65,7 +67,10 @@ __device__ void softmax(typename Engine::Accumulator& energies, Number (&lse)[En
 #pragma unroll
   for (int i = 0; i < Engine::ROWS; ++i) {
     if (!last && maximum[i] == minus_infinity()) maximum[i] = 0;  // -inf - (-inf) would be NaN already
+    old_share[i] = exponential(lse[i] - maximum[i]);
+    lse[i] = maximum[i];
     sum[i] = 0;
+    if (Engine::row(i) >= rows) continue;  // saves exponentials, and keeps those of different rows apart: registers
 #pragma unroll
     for (int j = 0; j < Engine::COLUMNS; ++j) {
       energies.value[i][j] = exponential(energies.value[i][j] - maximum[i]);
@@ -75,60 +80,77 @@ __device__ void softmax(typename Engine::Accumulator& energies, Number (&lse)[En
   combine_row<Engine>(sum, sums, [](Number a, Number b) { return a + b; });
 #pragma unroll
   for (int i = 0; i < Engine::ROWS; ++i) {
-    const Number old = exponential(lse[i] - maximum[i]), total = old + sum[i], scale = total == 0 ? 0 : 1 / total;
-    lse[i] = maximum[i] + logarithm(total);
-    old_share[i] = old * scale;
+    const Number total = old_share[i] + sum[i], scale = total == 0 ? 0 : 1 / total;
+    lse[i] += logarithm(total);
+    old_share[i] *= scale;
 #pragma unroll
     for (int j = 0; j < Engine::COLUMNS; ++j) energies.value[i][j] *= scale;
   }
   __syncthreads();  // the memory may be used again
 }
 
-// A block takes one tile of queries of one line (blockIdx.x) and some of the channels (blockIdx.y).
+// What a block works on: a tile of queries of one line (blockIdx.x), and the keys of the pass.
+struct ForwardWork {
+  int query_begin;
+  Span queries, keys;
+
+  template <typename T>
+  __device__ ForwardWork(const ForwardPass<T>& pass, int block) {
+    const int length = pass.size.length(pass.axis), tiles = ceil_div(length, pass.tile);
+    const Index line = pass.first_line + block / tiles;
+    query_begin = block % tiles * pass.tile;
+    queries = span_of(pass.axis, pass.size, line, query_begin, smaller(query_begin + pass.tile, length));
+    keys = span_of(pass.axis, pass.size, line, pass.key_begin, pass.key_end);
+  }
+};
+
+// Energies become weights and resident; the rest is for the target and lse.
 template <typename Engine, typename T>
-__device__ void forward_block(const ForwardPass<T>& pass, void* memory) {
-  using Number = Wide<T>;
-  const Shared<Engine> shared(memory);
-  const int length = pass.size.length(pass.axis);
-  const int tiles = ceil_div(length, pass.tile), block = static_cast<int>(blockIdx.x);
-  const Index line = pass.first_line + block / tiles;
-  const int query_begin = block % tiles * pass.tile, query_end = smaller(query_begin + pass.tile, length);
-  const Span queries = span_of(pass.axis, pass.size, line, query_begin, query_end);
-  const Span keys = span_of(pass.axis, pass.size, line, pass.key_begin, pass.key_end);
-
+__device__ void attend(const ForwardPass<T>& pass, const Shared<Engine>& shared, const ForwardWork& work,
+                       Wide<T> (&lse)[Engine::ROWS], Wide<T> (&old_share)[Engine::ROWS]) {
   typename Engine::Accumulator weights;
-  products<Engine, T>(weights, shared, queries.of(pass.query, pass.query_channels),
-                      keys.of(pass.key, pass.query_channels));
-
-  Number lse[Engine::ROWS];
-  Target<Engine, T> target{queries.of(pass.out, pass.channels), pass.first, {}};
+  products<Engine, T>(weights, shared, work.queries.of(pass.query, pass.query_channels),
+                      work.keys.of(pass.key, pass.query_channels));
 #pragma unroll
   for (int i = 0; i < Engine::ROWS; ++i) {
     const int row = Engine::row(i);
-    const bool seen = !pass.first && row < queries.length;
-    lse[i] = seen ? pass.lse_before[queries.position(row)] : minus_infinity();
+    const bool seen = !pass.first && row < work.queries.length;
+    lse[i] = seen ? pass.lse_before[work.queries.position(row)] : minus_infinity();
+    const int own = pass.axis == Axis::ROW ? -1 : work.query_begin + row - pass.key_begin;
 #pragma unroll
     for (int j = 0; j < Engine::COLUMNS; ++j) {
       const int column = Engine::column(j);
-      const bool own = pass.axis != Axis::ROW && query_begin + row == pass.key_begin + column;
-      if (column >= keys.length || own) weights.value[i][j] = minus_infinity();
+      if (column >= work.keys.length || column == own) weights.value[i][j] = minus_infinity();
     }
   }
   // Where a query has no key in this pass (a column of one position), the maximum is the old lse, each weight is
   // exp(-inf) = 0 and the old share exactly 1.
-  softmax<Engine>(weights, lse, target.share, pass.last, shared.buffers);
+  softmax<Engine>(weights, lse, old_share, work.queries.length, pass.last, shared.buffers);
   keep_weights(shared, weights);
+}
 
+// Some of the channels (blockIdx.y).
+template <typename Engine, typename T>
+__device__ void forward_block(const ForwardPass<T>& pass, void* memory) {
+  const Shared<Engine> shared(memory);
+  Wide<T> lse[Engine::ROWS];
+  Target<Engine, T> target;
+  attend(pass, shared, ForwardWork(pass, static_cast<int>(blockIdx.x)), lse, target.share);
+
+  // Worked out again: to keep addresses in registers meanwhile, the softmax would have to spill others.
+  const ForwardWork work(pass, unknown(static_cast<int>(blockIdx.x)));
+  target.to = work.queries.of(pass.out, pass.channels);
+  target.overwrite = pass.first;
 #pragma unroll
   for (int i = 0; i < Engine::ROWS; ++i) {
     const int row = Engine::row(i);
-    if (row < queries.length && Engine::group() == 0 && blockIdx.y == 0) {
-      pass.lse_after[queries.position(row)] = lse[i];
+    if (row < work.queries.length && Engine::group() == 0 && blockIdx.y == 0) {
+      pass.lse_after[work.queries.position(row)] = lse[i];
     }
   }
   const int channel_begin = static_cast<int>(blockIdx.y) * pass.channels_per_block;
   const int channel_end = smaller(channel_begin + pass.channels_per_block, pass.channels);
-  gather<Engine, false>(shared, keys.of(pass.value, pass.channels), target, channel_begin, channel_end);
+  gather<Engine, false>(shared, work.keys.of(pass.value, pass.channels), target, channel_begin, channel_end);
 }
 
 template <typename Engine, typename T>

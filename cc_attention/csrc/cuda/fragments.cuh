@@ -22,7 +22,8 @@ namespace cc_attention::cuda {
 //   VECTOR           how many of a lane's consecutive columns are neighbours
 //   row(i), column(j)  a lane holds 2×4 elements of a square: where element i, j is
 //   load()           an operand of STEP terms from a tile of leading dimension ld: tile[place][k] or, with
-//                    TRANSPOSED, tile[k][place]
+//                    TRANSPOSED, tile[k][place]. The registers are in the instruction's order: of A places first,
+//                    of B (IS_B) the terms first, which puts side by side what one instruction takes
 //   multiply_add()   upper (i = 0) and lower (i = 1) += A · Bᵀ
 template <typename Element>
 struct Fragments {  // Half and BFloat16
@@ -31,14 +32,15 @@ struct Fragments {  // Half and BFloat16
   __device__ static int column(int lane, int j) { return lane % 4 * 2 + j / 2 * 8 + j % 2; }
 
 #if CC_ATTENTION_TENSOR_CORES
-  // Four 8×8 matrices: places 0 to 7 and 8 to 15 of the first eight k, then of the others. ldmatrix: lane
-  // 8m + r points at row r of matrix m (16 bytes, aligned), lane l receives as fragment[m] the elements
-  // (l/4, 2(l%4)) and (l/4, 2(l%4) + 1) of matrix m or of its transpose.
-  template <bool TRANSPOSED>
+  // Four 8×8 matrices. A: places 0 to 7 and 8 to 15 of the first eight k, then of the others. B: the first and
+  // the other eight k of places 0 to 7, then of 8 to 15. ldmatrix: lane 8m + r points at row r of matrix m (16
+  // bytes, aligned), lane l receives as fragment[m] the elements (l/4, 2(l%4)) and (l/4, 2(l%4) + 1) of matrix m
+  // or of its transpose.
+  template <bool IS_B, bool TRANSPOSED>
   __device__ static void load(unsigned (&fragment)[4], const Element* tile, int ld, int lane) {
-    const int place = lane % 16, k = lane / 16 * 8;
-    const int transposed_place = lane / 8 % 2 * 8, transposed_k = lane / 16 * 8 + lane % 8;
-    const Element* row = TRANSPOSED ? tile + transposed_k * ld + transposed_place : tile + place * ld + k;
+    const int first = lane / 8 % 2 * 8, second = lane / 16 * 8, within = lane % 8;
+    const int place = IS_B ? second : first, k = IS_B ? first : second;  // where the lane's matrix begins
+    const Element* row = TRANSPOSED ? tile + (k + within) * ld + place : tile + (place + within) * ld + k;
 #ifdef CC_ATTENTION_EMULATED
     emulator::load_matrices(fragment, row, TRANSPOSED);
 #else
@@ -62,14 +64,14 @@ struct Fragments {  // Half and BFloat16
     for (int half = 0; half < 2; ++half) {  // eight columns each
       float *c = upper + 2 * half, *d = lower + 2 * half;
 #if defined(CC_ATTENTION_EMULATED)
-      emulator::multiply_add<16>({c, c + 1, d, d + 1}, {a[0], a[1], a[2], a[3], b[half], b[half + 2]},
+      emulator::multiply_add<16>({c, c + 1, d, d + 1}, {a[0], a[1], a[2], a[3], b[2 * half], b[2 * half + 1]},
                                  [](uint64_t bits) { return widen(Element{static_cast<unsigned short>(bits)}); });
 #else
-#define CC_ATTENTION_MMA(TYPE)                                              \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE       \
-               ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(d[0]), "+f"(d[1])             \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[half]), "r"(b[half + 2]))
+#define CC_ATTENTION_MMA(TYPE)                                     \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE       \
+      ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(d[0]), "+f"(d[1])             \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[2 * half]), "r"(b[2 * half + 1]))
       if constexpr (Same<Element, Half>::value) {
         CC_ATTENTION_MMA("f16");
       } else {
@@ -106,15 +108,16 @@ struct Fragments<float> {
 #endif
   }
 
-  template <bool TRANSPOSED>
+  template <bool IS_B, bool TRANSPOSED>
   __device__ static void load(unsigned (&fragment)[4], const float* tile, int ld, int lane) {
     const int place = lane / 4 * 2, k = lane % 4 * 2;
     const float* first = TRANSPOSED ? tile + k * ld + place : tile + place * ld + k;
     using Pair = Pack<float, 2>;
     const Pair pairs[2] = {*reinterpret_cast<const Pair*>(first), *reinterpret_cast<const Pair*>(first + ld)};
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {  // place n % 2, k n / 2
-      fragment[n] = round(TRANSPOSED ? pairs[n / 2].item[n % 2] : pairs[n % 2].item[n / 2]);
+    for (int n = 0; n < 4; ++n) {
+      const int p = IS_B ? n / 2 : n % 2, t = IS_B ? n % 2 : n / 2;  // the place and the term
+      fragment[n] = round(TRANSPOSED ? pairs[t].item[p] : pairs[p].item[t]);
     }
   }
 
@@ -123,14 +126,13 @@ struct Fragments<float> {
     for (int odd = 0; odd < 2; ++odd) {
       float *c = upper + odd, *d = lower + odd;
 #ifdef CC_ATTENTION_EMULATED
-      emulator::multiply_add<8>({c, c + 2, d, d + 2}, {a[0], a[1], a[2], a[3], b[odd], b[odd + 2]},
+      emulator::multiply_add<8>({c, c + 2, d, d + 2}, {a[0], a[1], a[2], a[3], b[2 * odd], b[2 * odd + 1]},
                                 emulator::tf32_to_float);
 #else
-      asm volatile(
-          "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
           "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
           : "+f"(c[0]), "+f"(c[2]), "+f"(d[0]), "+f"(d[2])
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[odd]), "r"(b[odd + 2]));
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[2 * odd]), "r"(b[2 * odd + 1]));
 #endif
     }
   }

@@ -21,21 +21,38 @@ struct Plan {
   int splits;    // of the channels, forward
 };
 
-// Work goes by images, rows, then columns: what a pass along the rows has read and written (38 MB for two
-// images of 97×97 positions and 512 channels in bf16) is still in the L2 cache for that along the columns. As
-// many images are taken together as the GPU can work on at once: with more, some blocks would wait for a
-// second round. Where even all images leave room for it, several blocks share the channels of a line, each
-// computing the energies anew (Cr/C of the work). Lines through time come last, for they need all frames.
+// What work is divided by.
+struct Device {
+  int multiprocessors;
+  int blocks;  // of the kernel that a multiprocessor holds at a time
+  Index cache_bytes;  // L2
+};
+
+// Work goes by images, rows, then columns: what a pass along the rows has read and written is then still in the L2
+// cache for that along the columns. As many images are taken together as the GPU can work on at once: with more,
+// some blocks would wait for a second round. Where that leaves room for it, several blocks share the channels of a
+// line, each computing the energies anew (Cr/C of the work). Where this is to be had and memory is the limit,
+// image_bytes says what an image takes in the cache, and no more images are taken than fit; otherwise it is 0. Lines
+// through time come last, for they need all frames.
 template <typename Engine>
-Plan plan_for(const Shape& shape, int multiprocessors) {
+Plan plan_for(const Shape& shape, const Device& device, Index image_bytes) {
   const int tile = Engine::TILE;
-  const Index room = static_cast<Index>(multiprocessors) * Engine::BLOCKS_PER_SM;
+  const Index room = static_cast<Index>(device.multiprocessors) * device.blocks;
   const auto [frames, height, width] = shape.size;
   const Index blocks_of_image = larger(static_cast<Index>(height) * ceil_div(width, tile),
                                        static_cast<Index>(width) * ceil_div(height, tile));
-  const Index images = larger<Index>(1, smaller(shape.images(), room / blocks_of_image));
+  Index images = smaller(shape.images(), room / blocks_of_image);
+  if (image_bytes > 0) images = smaller(images, device.cache_bytes / image_bytes);
+  images = larger<Index>(1, images);
   const Index splits = smaller<Index>(room / (images * blocks_of_image), ceil_div(shape.channels, tile));
   return {tile, images, static_cast<int>(larger<Index>(1, splits))};
+}
+
+// What the forward's passes read or write of an image. CUDA cores are slower than memory: there it does not matter.
+template <typename Engine, typename T>
+Index forward_bytes(const Shape& shape) {
+  const Index channels = 2 * (static_cast<Index>(shape.query_channels) + shape.channels);
+  return Engine::MEMORY_BOUND ? shape.size.pixels() * channels * static_cast<Index>(sizeof(T)) : 0;
 }
 
 // run(axis, first line, lines) for each group of images, rows first, then through time.

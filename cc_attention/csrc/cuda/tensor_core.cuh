@@ -11,6 +11,7 @@ struct TensorCore {
   using Element = Element_;
   using Fragment = Fragments<Element>;
   static constexpr bool AVAILABLE = CC_ATTENTION_TENSOR_CORES;
+  static constexpr bool MEMORY_BOUND = true;
   static constexpr int TILE = 128;
   static constexpr int THREADS = 256;
   static constexpr int MAX_SHARED = 99 * 1024;  // on sm_86, the least of those with tensor cores for bf16
@@ -36,33 +37,53 @@ struct TensorCore {
   __device__ static int column(int j) { return 16 * column_square(j / 4) + Fragment::column(lane(), j % 4); }
   __device__ static int group() { return static_cast<int>(threadIdx.x) / 32 % 2 * 4 + lane() % 4; }
 
+  // How many of the warp's squares of rows and of columns lie within the counts is settled before the loop. Columns
+  // are taken four or two squares at a time: tiles are zero beyond their segment.
   template <bool A_TRANSPOSED, bool B_TRANSPOSED>
   __device__ static void multiply(Accumulator& accumulator, const Element* a, int lda, const Element* b, int ldb,
                                   int depth, int rows, int columns) {
+    if (16 * row_square(0) >= rows || 16 * column_square(0) >= columns) return;  // the same for all lanes of the warp
+    a += 16 * row_square(0) * (A_TRANSPOSED ? 1 : lda);
+    b += 16 * column_square(0) * (B_TRANSPOSED ? ldb : 1);
+    const bool two_rows = 16 * row_square(1) < rows, four_columns = 16 * column_square(2) < columns;
+    if (two_rows) {
+      if (four_columns) {
+        multiply_squares<2, 4, A_TRANSPOSED, B_TRANSPOSED>(accumulator, a, lda, b, ldb, depth);
+      } else {
+        multiply_squares<2, 2, A_TRANSPOSED, B_TRANSPOSED>(accumulator, a, lda, b, ldb, depth);
+      }
+    } else if (four_columns) {
+      multiply_squares<1, 4, A_TRANSPOSED, B_TRANSPOSED>(accumulator, a, lda, b, ldb, depth);
+    } else {
+      multiply_squares<1, 2, A_TRANSPOSED, B_TRANSPOSED>(accumulator, a, lda, b, ldb, depth);
+    }
+  }
+
+  // The warp's first M×N squares; a and b begin at the first one's row and column.
+  template <int M, int N, bool A_TRANSPOSED, bool B_TRANSPOSED>
+  __device__ static void multiply_squares(Accumulator& accumulator, const Element* a, int lda, const Element* b,
+                                          int ldb, int depth) {
 #if CC_ATTENTION_TENSOR_CORES
+#pragma unroll 1
     for (int k = 0; k < depth; k += Fragment::STEP) {
-      unsigned a_fragment[2][4];
+      unsigned a_fragment[M][4];
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        const int row = 16 * row_square(m);
-        if (row >= rows) continue;  // the same for all lanes of the warp
-        Fragment::template load<A_TRANSPOSED>(a_fragment[m], A_TRANSPOSED ? a + k * lda + row : a + row * lda + k,
-                                              lda, lane());
+      for (int m = 0; m < M; ++m) {
+        Fragment::template load<false, A_TRANSPOSED>(a_fragment[m], a + 64 * m * (A_TRANSPOSED ? 1 : lda), lda,
+                                                     lane());
       }
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const int column = 16 * column_square(n);
-        if (column >= columns) continue;
+      for (int n = 0; n < N; ++n) {
         unsigned b_fragment[4];
-        Fragment::template load<!B_TRANSPOSED>(
-            b_fragment, B_TRANSPOSED ? b + column * ldb + k : b + k * ldb + column, ldb, lane());
+        Fragment::template load<true, !B_TRANSPOSED>(b_fragment, b + 32 * n * (B_TRANSPOSED ? ldb : 1), ldb, lane());
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          if (16 * row_square(m) >= rows) continue;
+        for (int m = 0; m < M; ++m) {
           Fragment::multiply_add(&accumulator.value[2 * m][4 * n], &accumulator.value[2 * m + 1][4 * n],
                                  a_fragment[m], b_fragment);
         }
       }
+      a += Fragment::STEP * (A_TRANSPOSED ? lda : 1);
+      b += Fragment::STEP * (B_TRANSPOSED ? 1 : ldb);
     }
 #endif
   }

@@ -47,13 +47,14 @@ __device__ void products(typename Engine::Accumulator& result, const Shared<Engi
                          const Segment<const T>& x, const Segment<const T>& y) {
   using Element = typename Engine::Element;
   constexpr int LD = Shared<Engine>::PRODUCT_LD, SECOND = Engine::TILE * LD;
+  const bool x_aligned = is_aligned(x), y_aligned = is_aligned(y);
   clear<Engine>(result);
   pipeline(
       ceil_div(x.channels, Engine::DEPTH), shared.buffers, Shared<Engine>::BUFFER,
       [&](int step, Element* buffer) {
         const int channel = step * Engine::DEPTH;
-        load_tile<Engine::TILE, Engine::DEPTH, LD, Engine::THREADS>(buffer, x, 0, channel);
-        load_tile<Engine::TILE, Engine::DEPTH, LD, Engine::THREADS>(buffer + SECOND, y, 0, channel);
+        load_tile<Engine::TILE, Engine::DEPTH, LD, Engine::THREADS>(buffer, x, x_aligned, 0, channel);
+        load_tile<Engine::TILE, Engine::DEPTH, LD, Engine::THREADS>(buffer + SECOND, y, y_aligned, 0, channel);
       },
       [&](int step, const Element* buffer) {
         const int depth = smaller(Engine::DEPTH, x.channels - step * Engine::DEPTH);
@@ -111,19 +112,31 @@ __device__ void gather(const Shared<Engine>& shared, const Segment<const T>& val
   const int old_steps = target.overwrite ? 0 : ceil_div(to.positions, DEPTH);
   const int steps = old_steps + ceil_div(values.positions, DEPTH);  // of a chunk
   const int chunks = ceil_div(channel_end - channel_begin, Engine::TILE);
+  const bool to_aligned = is_aligned(to), values_aligned = is_aligned(values);
   typename Engine::Accumulator sum;
+  struct Counter {
+    int channel, place;
+    __device__ Counter next(int steps) const {
+      return place + 1 == steps ? Counter{channel + Engine::TILE, 0} : Counter{channel, place + 1};
+    }
+  };
+  Counter now{channel_begin - Engine::TILE, steps - 1};  // the last step used
   pipeline(
       chunks * steps, shared.buffers, Shared<Engine>::BUFFER,
       [&](int step, Element* buffer) {
-        const int channel = channel_begin + step / steps * Engine::TILE, place = step % steps;
-        if (place < old_steps) {
-          load_tile<DEPTH, Engine::TILE, LD, Engine::THREADS>(buffer, old, place * DEPTH, channel);
+        Counter loaded = now.next(steps);
+        if (step > 0) loaded = loaded.next(steps);  // the step in between is not used yet
+        if (loaded.place < old_steps) {
+          load_tile<DEPTH, Engine::TILE, LD, Engine::THREADS>(buffer, old, to_aligned, loaded.place * DEPTH,
+                                                              loaded.channel);
         } else {
-          load_tile<DEPTH, Engine::TILE, LD, Engine::THREADS>(buffer, values, (place - old_steps) * DEPTH, channel);
+          load_tile<DEPTH, Engine::TILE, LD, Engine::THREADS>(buffer, values, values_aligned,
+                                                              (loaded.place - old_steps) * DEPTH, loaded.channel);
         }
       },
-      [&](int step, Element* buffer) {
-        const int channel = channel_begin + step / steps * Engine::TILE, place = step % steps;
+      [&](int, Element* buffer) {
+        now = now.next(steps);
+        const auto [channel, place] = now;
         if (place == 0) clear<Engine>(sum);
         if (place < old_steps) {
 #pragma unroll
@@ -146,7 +159,7 @@ __device__ void gather(const Shared<Engine>& shared, const Segment<const T>& val
           __syncthreads();  // every thread is done with what the buffer held
           put_rows<Engine, DEPTH>(buffer, sum, begin);
           __syncthreads();
-          store_tile<DEPTH, Engine::TILE, LD, Engine::THREADS>(to, buffer, begin, channel);
+          store_tile<DEPTH, Engine::TILE, LD, Engine::THREADS>(to, to_aligned, buffer, begin, channel);
         }
       });
 }
