@@ -8,6 +8,7 @@ of the attention, and SGD parameter by parameter. All have the same loss, OHEM o
 forward, loss, backward and update. Medians of rounds in which they take turns; ratios are over "usual".
 Memory is the peak above parameters, gradients and momentum. ``--compare-unfused`` measures, instead of
 "usual", ours with normalisation, addition and ReLU one after another, and ratios are over each one's unfused.
+``--compare-ccl`` measures ours without and with the category consistent loss.
 ``--processes 2`` measures steps of several processes on the CPU (gloo) that share a batch: with the settings
 of DistributedDataParallel that train.py chooses, beside its defaults.
 """
@@ -39,6 +40,7 @@ from dataset import Batch
 from networks import build_model
 from networks.recomputation import recompute_in_backward
 from networks.resnet import Block
+from training.category_loss import CCL_CHANNELS
 from training.criterion import build_criterion
 from training.step import TrainStep, build_optimizer
 from utils.distributed import Process
@@ -51,6 +53,7 @@ OURS = {
     "ours, bf16, activations twice": ("bf16", True),
 }
 UNFUSED = " in parts"
+WITH_CCL = " and CCL"
 DEFAULTS = "DDP's defaults"
 COLUMNS = ("images/s", "peak MiB")
 
@@ -103,15 +106,21 @@ def build(name: str, options: argparse.Namespace) -> Callable[[], object]:
     device = torch.device(options.device)
     torch.manual_seed(0)
     process = Process((device,))
-    criterion = build_criterion(ohem=True, ohem_keep=50000 * options.batch)
     batch_of_step = random_batch(options)
     if name == USUAL:
+        criterion = build_criterion(ohem=True, ohem_keep=50000 * options.batch)
         model = network(PLAIN, options.backbone, device).to(memory_format=torch.contiguous_format)
         optimizer = torch.optim.SGD(model.parameters(), 1e-5, 0.9, weight_decay=1e-4)
         step = TrainStep(Contiguous(model), criterion, optimizer, process)
     else:
-        amp, twice = OURS[name.removesuffix(UNFUSED)]
-        model = build_model(backbone=options.backbone, checkpoint_activations=twice)
+        amp, twice = OURS[name.removesuffix(UNFUSED).removesuffix(WITH_CCL)]
+        ccl = name.endswith(WITH_CCL)
+        criterion = build_criterion(ohem=True, ohem_keep=50000 * options.batch, ccl=ccl)
+        model = build_model(
+            backbone=options.backbone,
+            checkpoint_activations=twice,
+            embedding_channels=CCL_CHANNELS if ccl else 0,
+        )
         model.to(device, memory_format=torch.channels_last).train()
         step = TrainStep(model, criterion, build_optimizer(model, 1e-5, 0.9, 1e-4), process, amp)
     step.wrap_model()
@@ -141,6 +150,8 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     names = [USUAL, *OURS]
     if options.compare_unfused:
         names = [variant for name in OURS for variant in (name + UNFUSED, name)]
+    if options.compare_ccl:
+        names = [variant for name in OURS for variant in (name, name + WITH_CCL)]
     runs = {name: build(name, options) for name in names}
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks = {}
@@ -207,7 +218,10 @@ def table(results: dict[str, dict[str, float]]) -> str:
     width = max(map(len, results))
     lines = [" " * width + "".join(f" | {column:>9} {'ratio':>6}" for column in COLUMNS)]
     for name, row in results.items():
-        base = results.get(USUAL) or results.get(DEFAULTS) or results[name.removesuffix(UNFUSED) + UNFUSED]
+        base = (
+            results.get(USUAL) or results.get(DEFAULTS) or results.get(name.removesuffix(UNFUSED) + UNFUSED)
+        )
+        base = base or results[name.removesuffix(WITH_CCL)]
         cells = [f" | {row[c]:9.3g} {row[c] / base[c]:5.2f}x" for c in COLUMNS]
         lines.append(f"{name:<{width}}" + "".join(cells))
     return "\n".join(lines)
@@ -216,6 +230,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--compare-unfused", action="store_true", help="what one pass for each ReLU saves")
+    parser.add_argument("--compare-ccl", action="store_true", help="what the category consistent loss costs")
     parser.add_argument("--processes", type=int, default=1, help="that share a batch, on the CPU")
     options = parser.parse_args()
     if options.processes > 1 and options.device != "cpu":

@@ -46,6 +46,17 @@ def test_the_unfused_code(monkeypatch, capsys):
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
+def test_the_cost_of_the_category_loss(monkeypatch, capsys):
+    monkeypatch.setattr(train_step, "OURS", {"ours": ("off", False)})
+    small = ("--backbone", "resnet18", "--size", 33, "--rounds", 1)
+    out = run(train_step, monkeypatch, capsys, "--compare-ccl", *small)
+    plain, with_loss = (
+        next(x for x in out.splitlines() if x.startswith(name)) for name in ("ours  ", "ours and CCL")
+    )
+    assert plain.count("1.00x") == 2
+    assert "nan" not in with_loss
+
+
 def test_the_usual_code_computes_the_same():
     torch.manual_seed(0)
     model = build_model(backbone="resnet50", num_classes=5, norm="abn").double()
