@@ -18,7 +18,7 @@ from dataset import StepSampler, load_batches
 from evaluation.inference import sliding
 from evaluation.pictures import panels
 from evaluation.scores import validation_scores
-from networks import build_model, fold_norms, start_from
+from networks import build_model, fold_norms, network_of, start_from
 from training.category_loss import CCL_CHANNELS
 from training.command import Command, parse_args
 from training.data import TrainingData, find_data, load_data
@@ -89,7 +89,11 @@ def main() -> None:
 def build(command: Command, resumed: Resumed | None, process: Process) -> Run:
     """Data, network and optimiser of a command line."""
     options = command.options
-    spec, recipe = find_data(options, command.settle(resumed), command.num_classes(resumed))
+    start = None
+    if resumed is None and options.restore_from is not None:
+        start = find_checkpoint(options.restore_from)
+    given = {} if start is None else network_of(start)
+    spec, recipe = find_data(options, command.settle(resumed, given), command.num_classes(resumed))
     options.check(recipe)
     data = load_data(spec, recipe, options)
     # Crops have one size, so the search for the fastest kernel pays; it may end otherwise in another run.
@@ -106,11 +110,12 @@ def build(command: Command, resumed: Resumed | None, process: Process) -> Run:
     network.to(process.device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     if recipe.freeze_bn:
         libs.freeze(network)
-    if resumed is None and options.restore_from is not None:
-        path = find_checkpoint(options.restore_from)
-        new = start_from(network, path, options.not_restore_last)
+    if start is not None:
+        new = start_from(network, start, options.not_restore_last)
         if process.is_main:
-            print(f"starting from {path}" + f", with new {new} for {config.num_classes} classes" * bool(new))
+            taken = ", whose network is taken over" if given else ""
+            what_is_new = f", with new {new} for {config.num_classes} classes" if new else ""
+            print(f"starting from {start}{taken}{what_is_new}")
     step = build_step(network, recipe, spec.ignore_label, process, libs.abort)
     torch.manual_seed(recipe.random_seed + process.rank)  # for layers that do not draw by the samples' keys
     snapshots = Snapshots(options.snapshot_dir, spec.prefix, options.keep_last)

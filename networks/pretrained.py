@@ -139,6 +139,25 @@ def _config_by_shapes(state: dict[str, Tensor]) -> dict[str, Any]:
     return values
 
 
+def network_of(path: Path | str) -> dict[str, Any]:
+    """The fields of NetworkConfig that whoever starts from a file takes over; for most files there are none.
+
+    mmsegmentation's CCNet differs from ours in more than names: elsewhere its weights mean something else.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is of a network that is not known.
+    """
+    path = Path(path)
+    state = model_state(load_checkpoint(path), path)
+    if not is_mmsegmentation(state):
+        return {}
+    try:
+        values = config_of_mmsegmentation(state)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return {name: value for name, value in values.items() if name != "num_classes"}  # the data decide
+
+
 def start_from(model: Segmenter, path: Path | str, new_classifiers: bool = False) -> str:
     """Begin a run with the weights of a checkpoint of ours or of a backbone trained on ImageNet.
 

@@ -1,5 +1,6 @@
 """The command line of ``train.py``: a recipe, changes to it, and the run's options."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +45,14 @@ class Command:
         """The recipe of a new run."""
         return self.base.with_changes(self.network_changes, self.recipe_changes)
 
-    def settle(self, resumed: Resumed | None) -> Recipe:
-        """The recipe of this run: a resumed run keeps its own, where no flag changes it."""
+    def settle(self, resumed: Resumed | None, network: Mapping[str, Any]) -> Recipe:
+        """The recipe of this run: a resumed run keeps its own, where no flag changes it.
+
+        Args:
+            network: fields of NetworkConfig that come from the file which a new run starts from.
+        """
         base = self.base if resumed is None or self.is_named else resumed.recipe
+        base = base.with_changes(network, {})
         return base.with_changes(self.network_changes, self.recipe_changes)
 
     def num_classes(self, resumed: Resumed | None) -> int | None:

@@ -12,7 +12,7 @@ import export
 from dataset import Normalization, generic_table
 from evaluation.inference import whole
 from networks import NetworkConfig, build_model, load_model
-from networks.mmsegmentation import NETWORK
+from networks.mmsegmentation import NETWORK, to_mmsegmentation
 from utils.checkpoint import load_checkpoint
 
 CLASSES = 5
@@ -151,6 +151,27 @@ def test_weights_for_mmsegmentation(call, tmp_path):
     result = call(*common, *output, "--names", "reference")
     assert result.status == 1
     assert "stem is v1c, there deep" in result.error
+
+
+def test_training_from_mmsegmentation_takes_its_network(call, demo_data, tmp_path):
+    torch.manual_seed(0)
+    model = build_model(NetworkConfig(**NETWORK, backbone="resnet50"))
+    torch.save({"state_dict": to_mmsegmentation(model)}, tmp_path / "theirs.pth")
+    small = ("--input-size", "33,41", "--batch-size", 2, "--num-steps", 1, "--learning-rate", 1e-9)
+    common = ("train.py", "--data-dir", demo_data, "--restore-from", tmp_path / "theirs.pth", "--gpu", "cpu")
+    options = ("--num-workers", 0, "--snapshot-dir", tmp_path / "run")
+    result = call(*common, *small, *options)
+    assert result.status == 0, result.error
+    assert "theirs.pth, whose network is taken over\n" in result.out
+    trained, config = load_model(tmp_path / "run" / "CS_scenes_1.pth")
+    assert config.backbone == "resnet50"
+    assert all(getattr(config, name) == value for name, value in NETWORK.items())
+    started = load_model(tmp_path / "theirs.pth")[0]
+    for got, want in zip(trained.parameters(), started.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    result = call(*common, *small, *options, "--channel-order", "BGR")
+    assert result.status == 1
+    assert "is mmsegmentation's CCNet, another network; --channel-order RGB" in result.error
 
 
 def test_a_file_that_computes_something_else_is_not_kept(plain, tmp_path, monkeypatch, capsys):
