@@ -31,6 +31,7 @@ from training.resumption import Resumed, check_same_start, find_resumed, restore
 from training.snapshots import Snapshots, checkpoint_size, find_checkpoint
 from training.step import TrainStep, build_step, make_deterministic, set_rates
 from utils.arguments import run_script
+from utils.checkpoint import load_checkpoint
 from utils.distributed import Process, choose_devices, process_group
 from utils.memory import FreedMemory
 
@@ -89,10 +90,11 @@ def main() -> None:
 def build(command: Command, resumed: Resumed | None, process: Process) -> Run:
     """Data, network and optimiser of a command line."""
     options = command.options
-    start = None
+    start, contents, given = None, {}, {}
     if resumed is None and options.restore_from is not None:
         start = find_checkpoint(options.restore_from)
-    given = {} if start is None else network_of(start)
+        contents = load_checkpoint(start)
+        given = network_of(contents, start)
     spec, recipe = find_data(options, command.settle(resumed, given), command.num_classes(resumed))
     options.check(recipe)
     data = load_data(spec, recipe, options)
@@ -111,7 +113,7 @@ def build(command: Command, resumed: Resumed | None, process: Process) -> Run:
     if recipe.freeze_bn:
         libs.freeze(network)
     if start is not None:
-        new = start_from(network, start, options.not_restore_last)
+        new = start_from(network, contents, start, options.not_restore_last)
         if process.is_main:
             taken = ", whose network is taken over" if given else ""
             what_is_new = f", with new {new} for {config.num_classes} classes" if new else ""

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +34,18 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, add: bool, device: str, 
     def drawn() -> Tensor:
         return torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last)
 
-    def now() -> float | torch.cuda.Event:
+    def now() -> Any:
         if device != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def between(start: float | torch.cuda.Event, stop: float | torch.cuda.Event) -> float:
-        if isinstance(start, float) and isinstance(stop, float):
-            return stop - start
-        torch.cuda.synchronize()
-        return start.elapsed_time(stop) / 1000  # type: ignore[union-attr]
+    def between(start: Any, stop: Any) -> float:
+        if device != "cuda":
+            return float(stop - start)
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) / 1000
 
     inplace = libs.InPlaceABN(shape[1], activation="identity").to(device)
     candidates = {

@@ -99,8 +99,9 @@ for dtype in float32 bfloat16; do
 done
 bench train_step 120 train_step --batch 8 --json "$folder/train_step.json"
 bench train_step_unfused 90 train_step --batch 8 --compare-unfused --json "$folder/train_step_unfused.json"
+bench train_step_ccl 90 train_step --batch 8 --compare-ccl --json "$folder/train_step_ccl.json"
 part loader 60 "$PYTHON" benchmarks/loader.py --json "$folder/loader.json"
-if [ -f benchmarks/sass.py ]; then part sass 120 "$PYTHON" benchmarks/sass.py; fi
+part sass 120 "$PYTHON" benchmarks/sass.py
 
 run=(--data-dir "$folder/demo" --input-size 193,257 --batch-size 8 --random-scale 0 --ohem 0 --learning-rate 0.02)
 part demo 60 "$PYTHON" -m dataset.demo "$folder/demo" --train 64 --val 12 --size 256,512

@@ -1,18 +1,21 @@
 """Costs of the heads on features of 1×2048×97×97: parameters, GFLOPs, memory and time, beside the paper's.
 
-    python -m benchmarks.heads [--device cuda] [--size 97] [--heads ccnet nonlocal …]
+    python benchmarks/heads.py [--device cuda] [--size 97] [--heads ccnet nonlocal …]
 
 Only the head is measured, dropout and classifier for 19 classes included; FLOPs are counted as two for each
 multiplication and addition. The paper's figures are of the context module alone, at 512 channels.
 """
 
 import argparse
+import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.attention import peak_mib, seconds
 from networks import Head, build_model
 

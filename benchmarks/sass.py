@@ -195,9 +195,13 @@ def table(rows: list[list[str]], markdown: bool) -> str:
     )
 
 
+def numbers(text: str) -> list[int]:
+    return [int(x) for x in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--architectures", default="80,90", help="default: %(default)s")
+    parser.add_argument("--architectures", type=numbers, default="80,90", help="default: %(default)s")
     parser.add_argument("--dtypes", default=",".join(ENGINES), help="default: all")
     parser.add_argument("--markdown", action="store_true", help="the table for a page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every loop, as JSON")
@@ -213,7 +217,7 @@ def main() -> None:
     rows, counted = [], {}
     with tempfile.TemporaryDirectory() as name:
         sizes = shared_bytes(nvcc, Path(name))
-        for architecture in map(int, options.architectures.split(",")):
+        for architecture in options.architectures:
             for dtype in options.dtypes.split(","):
                 for direction, kernel in measure(dtype, architecture, sizes, Path(name)).items():
                     title = f"sm_{architecture} {dtype} {direction}"

@@ -54,7 +54,7 @@ OURS = {
 }
 UNFUSED = " in parts"
 WITH_CCL = " and CCL"
-DEFAULTS = "DDP's defaults"
+DEFAULTS, CHOSEN = "DDP's defaults", "train.py's DDP"
 COLUMNS = ("images/s", "peak MiB")
 
 
@@ -144,15 +144,21 @@ class Contiguous(nn.Module):
         return self.model(images.contiguous(), keys)
 
 
+def bases(options: argparse.Namespace) -> dict[str, str]:
+    """The variants that are measured, each with the one that its ratios are over."""
+    if options.processes > 1:
+        return dict.fromkeys((DEFAULTS, CHOSEN), DEFAULTS)
+    if options.compare_unfused:
+        return {variant: name + UNFUSED for name in OURS for variant in (name + UNFUSED, name)}
+    if options.compare_ccl:
+        return {variant: name for name in OURS for variant in (name, name + WITH_CCL)}
+    return dict.fromkeys((USUAL, *OURS), USUAL)
+
+
 def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """For each variant images a second and the peak of memory."""
     device = torch.device(options.device)
-    names = [USUAL, *OURS]
-    if options.compare_unfused:
-        names = [variant for name in OURS for variant in (name + UNFUSED, name)]
-    if options.compare_ccl:
-        names = [variant for name in OURS for variant in (name, name + WITH_CCL)]
-    runs = {name: build(name, options) for name in names}
+    runs = {name: build(name, options) for name in bases(options)}
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks = {}
     for name, run in runs.items():
@@ -184,7 +190,7 @@ def train_together(rank: int, options: argparse.Namespace, folder: Path) -> None
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
     runs: dict[str, Callable[[], object]] = {}
-    for name in (DEFAULTS, "train.py's DDP"):
+    for name in bases(options):
         torch.manual_seed(0)
         model = build_model(backbone=options.backbone, norm="sync")
         model.to(memory_format=torch.channels_last).train()
@@ -214,14 +220,11 @@ def train_together(rank: int, options: argparse.Namespace, folder: Path) -> None
     os._exit(0)  # as utils.distributed.exit_process
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
+def table(results: dict[str, dict[str, float]], base_of: dict[str, str]) -> str:
     width = max(map(len, results))
     lines = [" " * width + "".join(f" | {column:>9} {'ratio':>6}" for column in COLUMNS)]
     for name, row in results.items():
-        base = (
-            results.get(USUAL) or results.get(DEFAULTS) or results.get(name.removesuffix(UNFUSED) + UNFUSED)
-        )
-        base = base or results[name.removesuffix(WITH_CCL)]
+        base = results[base_of[name]]
         cells = [f" | {row[c]:9.3g} {row[c] / base[c]:5.2f}x" for c in COLUMNS]
         lines.append(f"{name:<{width}}" + "".join(cells))
     return "\n".join(lines)
@@ -229,9 +232,10 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--compare-unfused", action="store_true", help="what one pass for each ReLU saves")
-    parser.add_argument("--compare-ccl", action="store_true", help="what the category consistent loss costs")
-    parser.add_argument("--processes", type=int, default=1, help="that share a batch, on the CPU")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--compare-unfused", action="store_true", help="what one pass for each ReLU saves")
+    what.add_argument("--compare-ccl", action="store_true", help="what the category consistent loss costs")
+    what.add_argument("--processes", type=int, default=1, help="that share a batch, on the CPU")
     options = parser.parse_args()
     if options.processes > 1 and options.device != "cpu":
         parser.error("--processes goes with --device cpu")
@@ -239,7 +243,7 @@ def main() -> None:
     results = measure_processes(options) if options.processes > 1 else measure(options)
     print(f"{options.backbone}, {options.batch}×3×{options.size}×{options.size}, {where}")
     print(f"torch {torch.__version__}; attention: {cc_attention.backend()}; ABN: {libs.backend()}\n")
-    print(table(results))
+    print(table(results, bases(options)))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

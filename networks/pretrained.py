@@ -139,16 +139,19 @@ def _config_by_shapes(state: dict[str, Tensor]) -> dict[str, Any]:
     return values
 
 
-def network_of(path: Path | str) -> dict[str, Any]:
+def network_of(contents: dict[str, Any], path: Path) -> dict[str, Any]:
     """The fields of NetworkConfig that whoever starts from a file takes over; for most files there are none.
 
     mmsegmentation's CCNet differs from ours in more than names: elsewhere its weights mean something else.
 
+    Args:
+        contents: the file's, as ``load_checkpoint`` reads it.
+        path: the file, for messages.
+
     Raises:
-        CheckpointError: the file cannot be read, or is of a network that is not known.
+        CheckpointError: it holds no weights, or those of a network that is not known.
     """
-    path = Path(path)
-    state = model_state(load_checkpoint(path), path)
+    state = model_state(contents, path)
     if not is_mmsegmentation(state):
         return {}
     try:
@@ -158,24 +161,23 @@ def network_of(path: Path | str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != "num_classes"}  # the data decide
 
 
-def start_from(model: Segmenter, path: Path | str, new_classifiers: bool = False) -> str:
+def start_from(model: Segmenter, contents: dict[str, Any], path: Path, new_classifiers: bool = False) -> str:
     """Begin a run with the weights of a checkpoint of ours or of a backbone trained on ImageNet.
 
     A backbone's file has no heads: MIT scene parsing's for the deep stem, torchvision's for the plain one.
 
     Args:
         model: the network, whose weights are overwritten.
-        path: the file.
+        contents: the file's, as ``load_checkpoint`` reads it.
+        path: the file, for messages.
         new_classifiers: leave the network's classifiers as they are (--not-restore-last).
 
     Returns:
         What of the network is new: "heads", "classifiers", or nothing.
 
     Raises:
-        CheckpointError: the file cannot be read or does not fit; the model is unchanged.
+        CheckpointError: it does not fit; the model is unchanged.
     """
-    path = Path(path)
-    contents = load_checkpoint(path)
     state = model_state(contents, path)
     if is_mmsegmentation(state):
         _check_is_mmsegmentation(model, path)

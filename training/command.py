@@ -52,8 +52,7 @@ class Command:
             network: fields of NetworkConfig that come from the file which a new run starts from.
         """
         base = self.base if resumed is None or self.is_named else resumed.recipe
-        base = base.with_changes(network, {})
-        return base.with_changes(self.network_changes, self.recipe_changes)
+        return base.with_changes({**network, **self.network_changes}, self.recipe_changes)
 
     def num_classes(self, resumed: Resumed | None) -> int | None:
         """The number of classes that was asked for; None leaves it to the data set."""

@@ -1,7 +1,7 @@
 """What a script sets up before its other imports, which take seconds; of the standard library only.
 
 From then on Ctrl-C ends the script with one line, a console that cannot show a character gets a replacement,
-and the memory of a long run on a CPU stays flat.
+and glibc leaves fewer holes in the memory of a long run on a CPU (``memory`` gives back the others).
 """
 
 import ctypes
@@ -34,7 +34,7 @@ def _replace_what_cannot_be_shown() -> None:
 
 
 def _limit_fragmentation() -> None:
-    """Few arenas of glibc; with its defaults a run grows for hundreds of steps.
+    """Few arenas of glibc; with its defaults a run grows faster.
 
     Its thresholds stay as they are: a fixed one maps every large tensor anew, which costs a fifth of a step.
     """

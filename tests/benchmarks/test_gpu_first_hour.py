@@ -56,6 +56,7 @@ def test_what_it_would_run(tmp_path):
     for command in commands:
         if match := re.search(r"benchmarks/\w+\.py", command):
             source = (ROOT / match[0]).read_text()
+            assert "from benchmarks" not in source or "sys.path.insert(" in source, match[0]
             source += shared if "parser_of" in source else ""
             for option in (word for word in shlex.split(command) if word.startswith("--")):
                 assert f'"{option}"' in source, command

@@ -12,7 +12,7 @@ from evaluation.inference import whole
 from networks import NetworkConfig, build_model, fold_norms, load_model, start_from
 from networks.mmsegmentation import NETWORK, class_names, to_mmsegmentation
 from networks.names import REFERENCE, difference
-from utils.checkpoint import CheckpointError
+from utils.checkpoint import CheckpointError, load_checkpoint
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
@@ -269,13 +269,14 @@ def test_plain_batch_norm_under_our_names(tmp_path):
 def test_starting_from_it(file):
     config = NetworkConfig(**NETWORK, backbone="resnet50", num_classes=CLASSES)
     model = build_model(config)
-    assert start_from(model, file) == ""
+    contents = load_checkpoint(file)
+    assert start_from(model, contents, file) == ""
     assert close(model.head.cca.gamma, torch.tensor([0.8]))
     # A network whose shapes alone would take these weights.
     with torch.device("meta"):
         other = build_model(config, contracted_dilation=False)
     with pytest.raises(CheckpointError, match=r"another network; --contracted-dilation True$"):
-        start_from(other, file)
+        start_from(other, contents, file)
 
 
 def test_other_networks_of_theirs_are_refused(tmp_path):

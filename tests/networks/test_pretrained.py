@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from networks import NetworkConfig, build_model, load_model, start_from
 from networks.names import IMAGENET_MEAN, IMAGENET_STD
-from utils.checkpoint import CheckpointError
+from utils.checkpoint import CheckpointError, load_checkpoint
 
 
 class PlainBlock(nn.Module):
@@ -66,6 +66,10 @@ class PlainResNet(nn.Module):
 
 
 PLAIN = {"resnet18": ((2, 2, 2, 2), 1), "resnet50": ((3, 4, 6, 3), 4)}
+
+
+def start(model, path, **options):
+    return start_from(model, load_checkpoint(path), path, **options)
 
 
 def lively(model):
@@ -132,7 +136,7 @@ def test_torchvision_weights_give_torchvisions_features(tmp_path, config):
     plain = lively(PlainResNet(*PLAIN[config.backbone])).eval()
     torch.save(plain.state_dict(), tmp_path / "resnet.pth")
     model = build_model(config).eval()
-    assert start_from(model, tmp_path / "resnet.pth") == "heads"
+    assert start(model, tmp_path / "resnet.pth") == "heads"
     with torch.no_grad():
         compare(model.backbone.double(), plain.double(), pixels(), config, 1e-5)
 
@@ -142,7 +146,7 @@ def test_real_weights_on_real_pictures(backbone, imagenet, camvid_picture):
     config = NetworkConfig(backbone=backbone, stem="plain", num_classes=2)
     path = imagenet / f"{backbone}_imagenet_fp16.pth.xz"
     model = build_model(config).eval()
-    start_from(model, path)
+    start(model, path)
     plain = PlainResNet(*PLAIN[backbone])
     plain.fc = nn.Linear(plain.fc.in_features, 1000)
     with lzma.open(path) as file:
@@ -157,14 +161,14 @@ def test_a_file_for_the_other_stem_says_which_it_needs(tmp_path):
         state = {name: x for name, x in model.state_dict().items() if name in model.backbone_names()}
         torch.save(state, tmp_path / "backbone.pth")
         with pytest.raises(CheckpointError, match=rf"backbone.pth: is for the {stem} stem .* --stem {stem}$"):
-            start_from(build_model(backbone="resnet18", stem=other, num_classes=2), tmp_path / "backbone.pth")
+            start(build_model(backbone="resnet18", stem=other, num_classes=2), tmp_path / "backbone.pth")
 
 
 def test_our_own_checkpoint_with_the_plain_stem_is_taken_as_it_is(tmp_path):
     model = build_model(backbone="resnet18", stem="plain", num_classes=2)
     torch.save({"model": model.state_dict()}, tmp_path / "own.pth")
     other = build_model(backbone="resnet18", stem="plain", num_classes=2)
-    assert start_from(other, tmp_path / "own.pth") == ""
+    assert start(other, tmp_path / "own.pth") == ""
     assert all(torch.equal(x, other.state_dict()[name]) for name, x in model.state_dict().items())
 
 
@@ -238,7 +242,7 @@ def test_a_run_with_or_without_embedding_starts_from_either(tmp_path, has_embedd
         source = tiny(embedding_channels=16 * source_has)
         torch.save(source.state_dict(), tmp_path / "x.pth")
         model = tiny(embedding_channels=16 * has_embedding)
-        assert start_from(model, tmp_path / "x.pth") == ""
+        assert start(model, tmp_path / "x.pth") == ""
         names = set(source.state_dict()) & set(model.state_dict())
         assert same(source, model, names)
         assert ("embedding.weight" in names) == (source_has and has_embedding)
@@ -250,9 +254,9 @@ def test_classifiers_for_other_classes(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"\(5, 128, 1, 1\) instead .*--not-restore-last leaves the class"
     ):
-        start_from(model, tmp_path / "x.pth")
+        start(model, tmp_path / "x.pth")
     before = model.head.classifier.weight.clone()
-    assert start_from(model, tmp_path / "x.pth", new_classifiers=True) == "classifiers"
+    assert start(model, tmp_path / "x.pth", new_classifiers=True) == "classifiers"
     assert torch.equal(model.head.classifier.weight, before)
     assert same(source, model, set(model.state_dict()) - set(model.classifier_names()))
 
@@ -262,6 +266,6 @@ def test_a_backbone_file_brings_no_heads(tmp_path):
     backbone = {name: source.state_dict()[name] for name in source.backbone_names()}
     torch.save(backbone | {"fc.weight": torch.zeros(2, 2)}, tmp_path / "x.pth")
     before = model.head.conva[0].weight.clone()
-    assert start_from(model, tmp_path / "x.pth") == "heads"
+    assert start(model, tmp_path / "x.pth") == "heads"
     assert same(source, model, backbone)
     assert torch.equal(model.head.conva[0].weight, before)
