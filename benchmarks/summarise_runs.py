@@ -1,13 +1,21 @@
-"""Mean and standard deviation of several evaluations, class by class: of runs with different seeds, for one.
+"""Mean and standard deviation of several evaluations: of runs with different seeds, for one.
 
 python benchmarks/summarise_runs.py results/seed*/metrics.json
+python benchmarks/summarise_runs.py docs/results/camvid_study.jsonl --plot docs/results/camvid_study.png
+
+Of files of evaluate.py, class by class. Of the JSON lines of ``benchmarks/study.py``, a table of its settings,
+with the difference to R = 0 and its 95 % interval, paired by seed.
 """
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
+
+SPLITS = ("val", "test")
+BASE = "r0"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -38,16 +46,10 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, tuple[float, float | None
     return summary
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("metrics", type=Path, nargs="+", help="metrics.json files")
-    parser.add_argument("--json", type=Path, help="write the numbers there as well")
-    options = parser.parse_args()
-    runs = [load(path) for path in options.metrics]
+def print_classes(paths: list[Path], json_path: Path | None) -> None:
+    runs = [load(path) for path in paths]
     if len({tuple(run["IoU"]) for run in runs}) > 1:
-        parser.error("the files are of different classes")
+        raise SystemExit("the files are of different classes")
     summary = summarise(runs)
     width = max(map(len, summary))
     print(f"{'':<{width}}    mean ± std   of {len(runs)} runs, in per cent")
@@ -55,9 +57,97 @@ def main() -> None:
         spread = "" if deviation is None else f"± {100 * deviation:.2f}"
         fewer = f"   {count} runs" if count < len(runs) else ""
         print(f"{name:<{width}}  {100 * mean:6.2f} {spread:<7}{fewer}".rstrip())
-    if options.json:
+    if json_path:
         numbers = {name: {"mean": mean, "std": std, "runs": n} for name, (mean, std, n) in summary.items()}
-        options.json.write_text(json.dumps(numbers, indent=1) + "\n")
+        json_path.write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+def load_study(path: Path) -> dict[str, dict[int, dict[str, float]]]:
+    """mIoU in per cent by setting, seed and split; of one length of the runs, the one most were given."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        steps = statistics.mode(line["steps"] for line in lines)
+        runs: dict[str, dict[int, dict[str, float]]] = {}
+        for line in lines:
+            if line["steps"] == steps:
+                scores = {split: 100 * line[split]["mIoU"] for split in SPLITS}
+                runs.setdefault(line["setting"], {})[line["seed"]] = scores
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise SystemExit(f"{path}: not the lines of benchmarks/study.py") from None
+    return runs
+
+
+def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float] | None:
+    """Mean difference over the seeds that both have, and half of its 95 % interval (Student's t)."""
+    from scipy.stats import t
+
+    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    if len(differences) < 2:
+        return None
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.mean(differences), float(t.ppf(0.975, len(differences) - 1)) * error
+
+
+def of_split(by_seed: dict[int, dict[str, float]], split: str) -> dict[int, float]:
+    return {seed: scores[split] for seed, scores in by_seed.items()}
+
+
+def print_study(runs: dict[str, dict[int, dict[str, float]]]) -> None:
+    print("| Setting | Runs | val | test | val, difference to R = 0 | test, difference to R = 0 |")
+    print("|---|---|---|---|---|---|")
+    for name, by_seed in runs.items():
+        cells = [name, str(len(by_seed))]
+        for split in SPLITS:
+            values = list(of_split(by_seed, split).values())
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        for split in SPLITS:
+            base = of_split(runs.get(BASE, {}), split)
+            difference = paired(of_split(by_seed, split), base) if name != BASE else None
+            cells.append("-" if difference is None else f"{difference[0]:+.2f} ± {difference[1]:.2f}")
+        print(f"| {' | '.join(cells)} |")
+
+
+def plot_study(runs: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
+    """Each run as a point, each setting's mean as a bar."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(SPLITS), figsize=(9, 3.5), layout="constrained")
+    for axes, split in zip(panels, SPLITS, strict=True):
+        for index, by_seed in enumerate(runs.values()):
+            values = list(of_split(by_seed, split).values())
+            axes.plot([index] * len(values), values, "o", color="tab:blue", alpha=0.6)
+            bar = [index - 0.25, index + 0.25], [statistics.mean(values)] * 2
+            axes.plot(*bar, color="tab:orange", linewidth=3)
+        axes.set_xticks(range(len(runs)), list(runs), rotation=30)
+        axes.set_title(f"{split} mIoU, per cent")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", type=Path, nargs="+", help="metrics.json files, or the lines of one study")
+    parser.add_argument("--json", type=Path, help="write the numbers of metrics.json files there as well")
+    parser.add_argument("--plot", type=Path, help="PNG of a study's runs")
+    options = parser.parse_args()
+    if options.files[0].suffix != ".jsonl":
+        if options.plot:
+            parser.error("--plot takes the lines of a study")
+        print_classes(options.files, options.json)
+        return
+    if len(options.files) > 1 or options.json:
+        parser.error("of a study one file is taken, and --json is for metrics.json files")
+    runs = load_study(options.files[0])
+    print_study(runs)
+    if options.plot:
+        plot_study(runs, options.plot)
 
 
 if __name__ == "__main__":

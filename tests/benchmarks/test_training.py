@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from scipy.stats import ttest_rel
 
 from benchmarks import loader, plot_log, summarise_runs, train_step
 from networks import build_model
@@ -102,6 +103,28 @@ def test_summary_of_runs(monkeypatch, capsys, tmp_path):
     for bad, message in ((tmp_path / "c", "not a metrics.json"), (tmp_path / "d", "cannot be read")):
         with pytest.raises(SystemExit, match=message):
             run(summarise_runs, monkeypatch, capsys, bad)
+
+
+def line(setting, seed, val, test, steps=9):
+    return {"setting": setting, "seed": seed, "steps": steps, "val": {"mIoU": val}, "test": {"mIoU": test}}
+
+
+def test_summary_of_a_study(monkeypatch, capsys, tmp_path):
+    """The interval is scipy's of a paired test; other lengths and seeds without a partner do not enter it."""
+    base, ours = (0.50, 0.54, 0.51), (0.53, 0.55, 0.57)
+    lines = [line("r0", seed, 0.6, score) for seed, score in enumerate(base)]
+    lines += [line("r2", seed, 0.6, score) for seed, score in enumerate((*ours, 0.9))]
+    lines += [line("fcn", 0, 0.6, 0.5), line("r2", 0, 0.1, 0.1, steps=5)]
+    (tmp_path / "study.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    out = run(summarise_runs, monkeypatch, capsys, tmp_path / "study.jsonl", "--plot", tmp_path / "x.png")
+    interval = ttest_rel(ours, base).confidence_interval(0.95)
+    half = 50 * (interval.high - interval.low)
+    assert f"| r2 | 4 | 60.00 ± 0.00 | 63.75 ± 17.58 | +0.00 ± 0.00 | +3.33 ± {half:.2f} |" in out
+    assert "| fcn | 1 | 60.00 | 50.00 | - | - |" in out
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit, match="not the lines of"):
+        run(summarise_runs, monkeypatch, capsys, tmp_path / "bad.jsonl")
 
 
 def test_a_curve_with_evaluations(monkeypatch, capsys, tmp_path):
