@@ -2,8 +2,8 @@
 
 python benchmarks/study.py --data-dir camvid --weights resnet18.pth --settings r0,r2 --seeds 1,2,3
 
-A run whose line is in the file is not repeated and one that was interrupted goes on from its checkpoint, so the
-same command does what is left. ``benchmarks/summarise_runs.py`` makes the table.
+A run whose line is in the file is not repeated and one that was interrupted goes on from its checkpoint, so
+the same command does what is left. ``benchmarks/summarise_runs.py`` makes the table.
 """
 
 import argparse
@@ -36,8 +36,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "t3_r2": ("--recurrence", "2", "--clip", "3"),
     "t3_r3": ("--recurrence", "3", "--clip", "3"),
 }
-# Whole frames of about half of CamVid's size, so that a run takes a quarter of an hour of a small machine, and two
-# images a step, which fit better in that time than half as many steps of four.
+# Whole frames of about half of CamVid's size, so that a run takes a quarter of an hour of a small machine;
+# two images a step, which fit better in that time than half as many steps of four.
 COMMON = (
     "--recipe", "camvid", "--short-sides", "150,165,180,200,220,240", "--input-size", "180,240",
     "--batch-size", "2", "--learning-rate", "0.04",

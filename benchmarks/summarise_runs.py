@@ -3,8 +3,8 @@
 python benchmarks/summarise_runs.py results/seed*/metrics.json
 python benchmarks/summarise_runs.py docs/results/camvid_study.jsonl --plot docs/results/camvid_study.png
 
-Of files of evaluate.py, class by class. Of the JSON lines of ``benchmarks/study.py``, a table of its settings,
-with the difference to R = 0 and its 95 % interval, paired by seed.
+Of files of evaluate.py, class by class. Of the JSON lines of ``benchmarks/study.py``, a table of its
+settings, with the difference to R = 0 and its 95 % interval, paired by seed.
 """
 
 import argparse
