@@ -323,9 +323,7 @@ def write_onnx(module: Logits, described: dict[str, str], path: Path) -> Runner:
                 dynamic_shapes={"images": axes},
             )
         except torch.onnx.OnnxExporterError as error:
-            raise ExportError(
-                f"the network cannot be written as ONNX ({str(error).splitlines()[0]})"
-            ) from None
+            raise cannot_export(error) from None
         assert program is not None
         program.model.metadata_props.update(described)
         program.save(path, external_data=False)
@@ -341,7 +339,7 @@ def write_pt2(module: Logits, described: dict[str, str], path: Path) -> Runner:
     with quiet(), torch.no_grad():
         try:
             program = torch.export.export(module, (images,), dynamic_shapes={"images": free})
-        except Exception as error:  # as above
+        except Exception as error:  # of many kinds, some of them a user's head's own
             raise cannot_export(error) from None
         texts = {"metadata.json": json.dumps(described, indent=1, ensure_ascii=False)}
         torch.export.save(program, path, extra_files=texts)
@@ -378,10 +376,8 @@ def check(network: nn.Module, exported: Runner, config: NetworkConfig, full: boo
     Raises:
         ExportError: they predict other classes at more than a thousandth of the pixels.
     """
-    normalization, rng = (
-        Normalization(config.mean, config.std, config.channel_order),
-        np.random.default_rng(0),
-    )
+    normalization = Normalization(config.mean, config.std, config.channel_order)
+    rng = np.random.default_rng(0)
     for batch, height, width in CHECKED_SIZES:
         scenes = [draw_scene(rng, height, width)[0][..., ::-1] for _ in range(batch)]
         if full:
@@ -398,8 +394,8 @@ def check(network: nn.Module, exported: Runner, config: NetworkConfig, full: boo
         agreement = float((classes[0] == classes[1]).double().mean())
         line = f"{batch}×{height}×{width}: "
         if not full:
-            difference, largest = float((got - expected).abs().max()), float(expected.abs().max())
-            line += f"largest difference {difference:.2g} of logits up to {largest:.3g}, "
+            error, largest = float((got - expected).abs().max()), float(expected.abs().max())
+            line += f"largest difference {error:.2g} of logits up to {largest:.3g}, "
         print(f"{line}classes agree on {100 * agreement:.3f} % of the positions")
         if not agreement >= LEAST_AGREEMENT:
             raise ExportError(
