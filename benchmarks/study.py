@@ -2,8 +2,9 @@
 
 python benchmarks/study.py --data-dir camvid --weights resnet18.pth --settings r0,r2 --seeds 1,2,3
 
-A run whose line is in the file is not repeated and one that was interrupted goes on from its checkpoint, so
-the same command does what is left. ``benchmarks/summarise_runs.py`` makes the table.
+The settings change the recipe "camvid". A run whose line is in the file is not repeated and one that was
+interrupted goes on from its checkpoint, so the same command does what is left.
+``benchmarks/summarise_runs.py`` makes the table.
 """
 
 import argparse
@@ -36,14 +37,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "t3_r2": ("--recurrence", "2", "--clip", "3"),
     "t3_r3": ("--recurrence", "3", "--clip", "3"),
 }
-# Whole frames of about half of CamVid's size, so that a run takes a quarter of an hour of a small machine;
-# two images a step, which fit better in that time than half as many steps of four.
-COMMON = (
-    "--recipe", "camvid", "--short-sides", "150,165,180,200,220,240", "--input-size", "180,240",
-    "--batch-size", "2", "--learning-rate", "0.04",
-)  # fmt: skip
-# Evaluation enlarges the logits to the labels, which keep their size.
-PROTOCOL = ("--whole", "--short-sides", "180")
+PROTOCOL = ("--whole",)
 
 
 def run_script(*arguments: str, threads: int) -> None:
@@ -68,14 +62,8 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     folder = options.work / f"{name}_{options.steps}_{seed}"
     data = ("--data-dir", str(options.data_dir))
     flags = (
-        "--recipe",
-        "camvid",
-        *SETTINGS[name],
-        "--num-steps",
-        str(options.steps),
-        "--random-seed",
-        str(seed),
-    )
+        "--recipe", "camvid", *SETTINGS[name], "--num-steps", str(options.steps), "--random-seed", str(seed),
+    )  # fmt: skip
     run_script(
         "train.py", *data, *flags, "--restore-from", str(options.weights), "--snapshot-dir", str(folder),
         "--save-pred-every", "200", "--keep-last", "1", "--resume", threads=options.threads,
