@@ -77,7 +77,7 @@ def count_predictions(
         logits = predict(image, sample.scored) if image.dim() == 5 else predict(image)
         if not logits.sum().isfinite():
             raise ScoreError(f"{sample.name}: the network's output is not finite; its weights are damaged")
-        prediction = logits.argmax(dim=1)[0].to(torch.uint8)
+        prediction = logits.max(dim=1).indices[0].to(torch.uint8)  # faster than argmax on a CPU
         del logits
         if sample.label is not None:
             matrix.update(prediction, sample.label.to(process.device, non_blocking=True))
