@@ -78,8 +78,8 @@ def from_torchvision(state: dict[str, Tensor], backbone: Backbone) -> dict[str, 
         backbone: whose ``mean``, ``std`` and ``channel_order`` say what our input is.
     """
     state = {name: x.float() for name, x in state.items() if name in backbone.state_dict()}
-    if {"conv1.weight", "bn1.running_mean"} <= set(state):
-        state |= _stem_for_our_input(state["conv1.weight"], state["bn1.running_mean"], backbone)
+    if {"conv1.weight", "bn1.running_mean", "bn1.running_var"} <= set(state):
+        state |= _stem_for_our_input(state, backbone, eps=1e-5)  # torchvision's
     for path, module in backbone.named_modules():
         for conv_name, norm_name in norm_pairs(module):
             norm = module.get_submodule(norm_name)
@@ -91,20 +91,31 @@ def from_torchvision(state: dict[str, Tensor], backbone: Backbone) -> dict[str, 
     return state
 
 
-def _stem_for_our_input(weight: Tensor, running_mean: Tensor, backbone: Backbone) -> dict[str, Tensor]:
-    """conv((rgb/255 - mean)/std), with its running mean, as a convolution of our normalised pixels.
+def _stem_for_our_input(state: Mapping[str, Tensor], backbone: Backbone, eps: float) -> dict[str, Tensor]:
+    """conv((rgb/255 - mean)/std), with its running statistics, as a convolution of our normalised pixels.
 
     A channel of torchvision's input is a·x + b of ours: a goes into the weights, the sum of b times the
     weights, which is the same everywhere, off the running mean.
+
+    Our pixels are some 57 times as large, so the weights would be as much smaller. The normalisation hides
+    it, but a step of SGD would change them, relative to their size, 57² times as much, and lose the trained
+    filters at once. So weights and statistics are multiplied until the weights have torchvision's size.
     """
     our_mean, our_std = torch.tensor([backbone.mean, backbone.std], dtype=torch.float64)
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float64)
-    weight = weight.double()
+    weight, running_mean, running_var = (
+        state[name].double() for name in ("conv1.weight", "bn1.running_mean", "bn1.running_var")
+    )
     if backbone.channel_order == "BGR":
         weight, mean, std = weight.flip(1), mean.flip(0), std.flip(0)
     offset = weight.sum((2, 3)) @ ((our_mean / 255 - mean) / std)
-    weight = weight * (our_std / (255 * std))[:, None, None]
-    return {"conv1.weight": weight.float(), "bn1.running_mean": (running_mean - offset).float()}
+    converted = weight * (our_std / (255 * std))[:, None, None]
+    size = weight.norm() / converted.norm()
+    return {
+        "conv1.weight": (size * converted).float(),
+        "bn1.running_mean": (size * (running_mean - offset)).float(),
+        "bn1.running_var": (size**2 * (running_var + eps) - eps).float(),
+    }
 
 
 def _positive(conv: Tensor, norm: Tensor, mean: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

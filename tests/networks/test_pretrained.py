@@ -141,6 +141,25 @@ def test_torchvision_weights_give_torchvisions_features(tmp_path, config):
         compare(model.backbone.double(), plain.double(), pixels(), config, 1e-5)
 
 
+@pytest.mark.parametrize("order", ["BGR", "RGB"])
+def test_training_moves_torchvisions_filters_as_there(tmp_path, order):
+    """The step of SGD, relative to the filters; 57² times as long if they are made small for large pixels."""
+    torch.manual_seed(0)
+    plain = PlainResNet(*PLAIN["resnet18"])
+    torch.save(plain.state_dict(), tmp_path / "resnet.pth")
+    config = NetworkConfig(
+        backbone="resnet18", stem="plain", channel_order=order, std=(1.0, 1.0, 1.0), num_classes=2
+    )
+    model = build_model(config)
+    start(model, tmp_path / "resnet.pth")
+    rgb, steps = pixels(), []
+    for net, x in ((model.backbone.double(), ours(rgb, config)), (plain.double(), torchvisions(rgb))):
+        stem = net.bn1(net.conv1(x))[:, :, 2:-2, 2:-2]
+        (stem * torch.linspace(-1, 1, stem.numel(), dtype=torch.float64).view_as(stem)).sum().backward()
+        steps.append(float(net.conv1.weight.grad.norm() / net.conv1.weight.detach().norm()))
+    assert steps[0] == pytest.approx(steps[1], rel=0.3)
+
+
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
 def test_real_weights_on_real_pictures(backbone, imagenet, camvid_picture):
     config = NetworkConfig(backbone=backbone, stem="plain", num_classes=2)
