@@ -62,9 +62,9 @@ __device__ void backward_block(const BackwardPass<T>& pass, void* memory) {
       part.value[i][j] = attends ? exponential(part.value[i][j] - lse) : 0;
     }
   }
-  keep_weights(shared, part);  // P
-  gather<Engine, true>(shared, grad, target_of<Engine>(keys.of(pass.dvalue, channels), pass.first_for_keys), 0,
-                       channels);
+  keep_weights(shared, part);  // P, exact: dE is made of it
+  gather<Engine, true, false>(shared, grad, target_of<Engine>(keys.of(pass.dvalue, channels), pass.first_for_keys), 0,
+                              channels);
 
   products<Engine, T>(part, shared, grad, value);  // dP
 #pragma unroll
@@ -78,12 +78,13 @@ __device__ void backward_block(const BackwardPass<T>& pass, void* memory) {
       part.value[i][j] = widen(attention) * (part.value[i][j] - delta);
     }
   }
+  Engine::round(part);
   keep_weights(shared, part);  // dE
-  gather<Engine, false>(shared, key,
-                        target_of<Engine>(queries.of(pass.dquery, query_channels), pass.first_for_queries), 0,
-                        query_channels);
-  gather<Engine, true>(shared, query, target_of<Engine>(keys.of(pass.dkey, query_channels), pass.first_for_keys), 0,
-                       query_channels);
+  gather<Engine, false, true>(shared, key,
+                              target_of<Engine>(queries.of(pass.dquery, query_channels), pass.first_for_queries), 0,
+                              query_channels);
+  gather<Engine, true, true>(shared, query, target_of<Engine>(keys.of(pass.dkey, query_channels), pass.first_for_keys),
+                             0, query_channels);
 }
 
 template <typename Engine, typename T>

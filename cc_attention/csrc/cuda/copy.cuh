@@ -90,15 +90,19 @@ struct Walk {
   }
 };
 
+// Of each eight rows in turn one of the first four and one of the others.
+__device__ inline int interleaved(int row) { return row / 8 * 8 + row % 4 * 2 + row / 4 % 2; }
+
 // Starts to copy ROWS positions × COLUMNS channels, from the given ones on, into a tile of leading dimension
 // LD; what lies beyond the segment becomes zero. `aligned` is is_aligned(segment). (Where elements are converted,
 // as half types for CUDA cores, four loads under way hide their latency.)
-template <int ROWS, int COLUMNS, int LD, int THREADS, typename Element, typename T>
+template <int ROWS, int COLUMNS, int LD, int THREADS, bool INTERLEAVED = false, typename Element, typename T>
 __device__ void load_tile(Element* tile, const Segment<const T>& segment, bool aligned, int position, int channel) {
   if constexpr (Same<Element, T>::value) {
     if (aligned) {
       const Walk<ROWS, COLUMNS, THREADS, const T> walk(segment, position, channel);
-      Element* to = tile + walk.row * LD + walk.column;
+      static_assert(!INTERLEAVED || walk.STEP % 8 == 0, "the row within its eight is the same in each step");
+      Element* to = tile + (INTERLEAVED ? interleaved(walk.row) : walk.row) * LD + walk.column;
 #pragma unroll
       for (int n = 0; n < walk.COUNT; ++n) copy_16_bytes(to + n * walk.STEP * LD, walk.at(n), walk.inside(n));
       return;
@@ -111,7 +115,7 @@ __device__ void load_tile(Element* tile, const Segment<const T>& segment, bool a
     if (position + row < segment.positions && channel + column < segment.channels) {
       x = widen(segment.data[(position + row) * segment.stride + channel + column]);
     }
-    tile[row * LD + column] = Narrow<Element>::from(x);
+    tile[(INTERLEAVED ? interleaved(row) : row) * LD + column] = Narrow<Element>::from(x);
   }
 }
 

@@ -126,6 +126,7 @@ __device__ void attend(const ForwardPass<T>& pass, const Shared<Engine>& shared,
   // Where a query has no key in this pass (a column of one position), the maximum is the old lse, each weight is
   // exp(-inf) = 0 and the old share exactly 1.
   softmax<Engine>(weights, lse, old_share, work.queries.length, pass.last, shared.buffers);
+  Engine::round(weights);
   keep_weights(shared, weights);
 }
 
@@ -150,7 +151,7 @@ __device__ void forward_block(const ForwardPass<T>& pass, void* memory) {
   }
   const int channel_begin = static_cast<int>(blockIdx.y) * pass.channels_per_block;
   const int channel_end = smaller(channel_begin + pass.channels_per_block, pass.channels);
-  gather<Engine, false>(shared, work.keys.of(pass.value, pass.channels), target, channel_begin, channel_end);
+  gather<Engine, false, true>(shared, work.keys.of(pass.value, pass.channels), target, channel_begin, channel_end);
 }
 
 template <typename Engine, typename T>

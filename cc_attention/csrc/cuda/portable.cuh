@@ -5,6 +5,8 @@
 //   Accumulator   a TILE×TILE result in registers: each thread holds ROWS×COLUMNS of its elements, the
 //                 element value[i][j] being that of row(i) and column(j)
 //   multiply()    adds a product of two tiles to the accumulator
+//   round()       rounds an accumulator to what multiply() takes; A_ROUNDED says that A holds such numbers
+//   INTERLEAVED   whether multiply() takes B, where neither is transposed, with its rows interleaved()
 //   DEPTH, GATHER_DEPTH  how many channels, or positions, of a sum are in shared memory at a time
 //   GROUPS        how many threads share a row; group() is this thread's number among them
 //   VECTOR        how many of a thread's consecutive columns are neighbours
@@ -30,6 +32,7 @@ struct Portable {
   static constexpr int PAD = 16 / static_cast<int>(sizeof(Element));    // keeps rows in different banks
   static constexpr int GROUPS = 8;
   static constexpr int VECTOR = 1;
+  static constexpr bool INTERLEAVED = false;
 
   // 8×8 threads of 8×8 elements. Rows go in pairs, which weights that are transposed are loaded in; columns eight
   // apart, so that the loads of a quarter warp along k, 16 bytes each, meet no bank twice.
@@ -41,10 +44,12 @@ struct Portable {
   __device__ static int column(int j) { return static_cast<int>(threadIdx.x) % 8 + 8 * j; }
   __device__ static int group() { return static_cast<int>(threadIdx.x) % 8; }
 
+  __device__ static void round(Accumulator&) {}
+
   // accumulator += A·B over `depth` (rounded up to DEPTH; tiles are padded with zeros). A is stored as
   // A[row][k], or A[k][row] when transposed; B as B[k][column], or B[column][k] when transposed. Rows and
   // columns from the given counts on are not needed.
-  template <bool A_TRANSPOSED, bool B_TRANSPOSED>
+  template <bool A_TRANSPOSED, bool B_TRANSPOSED, bool>
   __device__ static void multiply(Accumulator& accumulator, const Element* a, int lda, const Element* b, int ldb,
                                   int depth, int rows, int) {
     a += A_TRANSPOSED ? row(0) : row(0) * lda;

@@ -23,6 +23,7 @@ struct TensorCore {
   static constexpr int PAD = 16 / static_cast<int>(sizeof(Element));
   static constexpr int GROUPS = 8;
   static constexpr int VECTOR = Fragment::VECTOR;
+  static constexpr bool INTERLEAVED = Fragment::INTERLEAVED;
 
   // 4×2 warps, each of 2×4 squares of 16×16 elements. Squares are dealt out in turn, so that warps have
   // equal work when a line fills only part of the tile.
@@ -37,9 +38,22 @@ struct TensorCore {
   __device__ static int column(int j) { return 16 * column_square(j / 4) + Fragment::column(lane(), j % 4); }
   __device__ static int group() { return static_cast<int>(threadIdx.x) / 32 % 2 * 4 + lane() % 4; }
 
+  // Rounds what will be factors of products and nothing else; half types round when they are narrowed.
+  __device__ static void round(Accumulator& factors) {
+#if CC_ATTENTION_TENSOR_CORES
+    if constexpr (Same<Element, float>::value) {
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) {
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j) factors.value[i][j] = __uint_as_float(Fragment::round(factors.value[i][j]));
+      }
+    }
+#endif
+  }
+
   // How many of the warp's squares of rows and of columns lie within the counts is settled before the loop. Columns
   // are taken four or two squares at a time: tiles are zero beyond their segment.
-  template <bool A_TRANSPOSED, bool B_TRANSPOSED>
+  template <bool A_TRANSPOSED, bool B_TRANSPOSED, bool A_ROUNDED>
   __device__ static void multiply(Accumulator& accumulator, const Element* a, int lda, const Element* b, int ldb,
                                   int depth, int rows, int columns) {
     if (16 * row_square(0) >= rows || 16 * column_square(0) >= columns) return;  // the same for all lanes of the warp
@@ -48,19 +62,19 @@ struct TensorCore {
     const bool two_rows = 16 * row_square(1) < rows, four_columns = 16 * column_square(2) < columns;
     if (two_rows) {
       if (four_columns) {
-        multiply_squares<2, 4, A_TRANSPOSED, B_TRANSPOSED>(accumulator, a, lda, b, ldb, depth);
+        multiply_squares<2, 4, A_TRANSPOSED, B_TRANSPOSED, A_ROUNDED>(accumulator, a, lda, b, ldb, depth);
       } else {
-        multiply_squares<2, 2, A_TRANSPOSED, B_TRANSPOSED>(accumulator, a, lda, b, ldb, depth);
+        multiply_squares<2, 2, A_TRANSPOSED, B_TRANSPOSED, A_ROUNDED>(accumulator, a, lda, b, ldb, depth);
       }
     } else if (four_columns) {
-      multiply_squares<1, 4, A_TRANSPOSED, B_TRANSPOSED>(accumulator, a, lda, b, ldb, depth);
+      multiply_squares<1, 4, A_TRANSPOSED, B_TRANSPOSED, A_ROUNDED>(accumulator, a, lda, b, ldb, depth);
     } else {
-      multiply_squares<1, 2, A_TRANSPOSED, B_TRANSPOSED>(accumulator, a, lda, b, ldb, depth);
+      multiply_squares<1, 2, A_TRANSPOSED, B_TRANSPOSED, A_ROUNDED>(accumulator, a, lda, b, ldb, depth);
     }
   }
 
   // The warp's first M×N squares; a and b begin at the first one's row and column.
-  template <int M, int N, bool A_TRANSPOSED, bool B_TRANSPOSED>
+  template <int M, int N, bool A_TRANSPOSED, bool B_TRANSPOSED, bool A_ROUNDED>
   __device__ static void multiply_squares(Accumulator& accumulator, const Element* a, int lda, const Element* b,
                                           int ldb, int depth) {
 #if CC_ATTENTION_TENSOR_CORES
@@ -69,13 +83,14 @@ struct TensorCore {
       unsigned a_fragment[M][4];
 #pragma unroll
       for (int m = 0; m < M; ++m) {
-        Fragment::template load<false, A_TRANSPOSED>(a_fragment[m], a + 64 * m * (A_TRANSPOSED ? 1 : lda), lda,
-                                                     lane());
+        Fragment::template load<false, A_TRANSPOSED, A_ROUNDED>(a_fragment[m], a + 64 * m * (A_TRANSPOSED ? 1 : lda),
+                                                                lda, lane());
       }
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         unsigned b_fragment[4];
-        Fragment::template load<true, !B_TRANSPOSED>(b_fragment, b + 32 * n * (B_TRANSPOSED ? ldb : 1), ldb, lane());
+        Fragment::template load<true, !B_TRANSPOSED, false>(b_fragment, b + 32 * n * (B_TRANSPOSED ? ldb : 1), ldb,
+                                                            lane());
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           Fragment::multiply_add(&accumulator.value[2 * m][4 * n], &accumulator.value[2 * m + 1][4 * n],

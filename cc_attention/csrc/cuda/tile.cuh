@@ -58,8 +58,8 @@ __device__ void products(typename Engine::Accumulator& result, const Shared<Engi
       },
       [&](int step, const Element* buffer) {
         const int depth = smaller(Engine::DEPTH, x.channels - step * Engine::DEPTH);
-        Engine::template multiply<false, true>(result, buffer, LD, buffer + SECOND, LD, depth, x.positions,
-                                               y.positions);
+        Engine::template multiply<false, true, false>(result, buffer, LD, buffer + SECOND, LD, depth, x.positions,
+                                                      y.positions);
       });
 }
 
@@ -98,11 +98,11 @@ struct Target {
 };
 
 // target ← weights · values, or weightsᵀ · values, for the channels in [channel_begin, channel_end). The begin
-// is a multiple of TILE, the end too unless it is the last channel's.
+// is a multiple of TILE, the end too unless it is the last channel's. ROUNDED: the weights were Engine::round()ed.
 //
 // A chunk of TILE channels at a time, the old contents pass through the buffers first, then the values, then
 // the result: all that is read or written in global memory is whole rows of a tile.
-template <typename Engine, bool TRANSPOSED, typename T>
+template <typename Engine, bool TRANSPOSED, bool ROUNDED, typename T>
 __device__ void gather(const Shared<Engine>& shared, const Segment<const T>& values, const Target<Engine, T>& target,
                        int channel_begin, int channel_end) {
   using Element = typename Engine::Element;
@@ -130,8 +130,9 @@ __device__ void gather(const Shared<Engine>& shared, const Segment<const T>& val
           load_tile<DEPTH, Engine::TILE, LD, Engine::THREADS>(buffer, old, to_aligned, loaded.place * DEPTH,
                                                               loaded.channel);
         } else {
-          load_tile<DEPTH, Engine::TILE, LD, Engine::THREADS>(buffer, values, values_aligned,
-                                                              (loaded.place - old_steps) * DEPTH, loaded.channel);
+          constexpr bool INTERLEAVED = Engine::INTERLEAVED && !TRANSPOSED;
+          load_tile<DEPTH, Engine::TILE, LD, Engine::THREADS, INTERLEAVED>(
+              buffer, values, values_aligned, (loaded.place - old_steps) * DEPTH, loaded.channel);
         }
       },
       [&](int, Element* buffer) {
@@ -151,9 +152,10 @@ __device__ void gather(const Shared<Engine>& shared, const Segment<const T>& val
           return;
         }
         const int position = (place - old_steps) * DEPTH;
-        Engine::template multiply<TRANSPOSED, false>(sum, shared.weights + position * (TRANSPOSED ? LD : 1), LD,
-                                                     buffer, LD, smaller(DEPTH, values.positions - position),
-                                                     to.positions, smaller(Engine::TILE, channel_end - channel));
+        const Element* weights = shared.weights + position * (TRANSPOSED ? LD : 1);
+        Engine::template multiply<TRANSPOSED, false, ROUNDED>(
+            sum, weights, LD, buffer, LD, smaller(DEPTH, values.positions - position), to.positions,
+            smaller(Engine::TILE, channel_end - channel));
         if (place + 1 < steps) return;
         for (int begin = 0; begin < to.positions; begin += DEPTH) {
           __syncthreads();  // every thread is done with what the buffer held
