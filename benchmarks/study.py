@@ -2,8 +2,9 @@
 
 python benchmarks/study.py --data-dir camvid --weights resnet18.pth --settings r0,r2 --seeds 1,2,3
 
-The settings change the recipe "camvid". A run whose line is in the file is not repeated and one that was
-interrupted goes on from its checkpoint, so the same command does what is left.
+The settings change the recipe "camvid", whose frames have half CamVid's size. A run whose line is in the
+file is not repeated and one that was interrupted goes on from its checkpoint, so the same command does what
+is left.
 ``benchmarks/summarise_runs.py`` makes the table.
 """
 
@@ -17,11 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from training.provenance import git_commit  # noqa: E402
 
+SCALED = "scaled_weights.pth"
+EPS = 1e-5  # of torchvision's batch normalisation
 SETTINGS: dict[str, tuple[str, ...]] = {
     "r0": ("--recurrence", "0"),
     "r2": ("--recurrence", "2"),
@@ -37,7 +42,27 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "t3_r2": ("--recurrence", "2", "--clip", "3"),
     "t3_r3": ("--recurrence", "3", "--clip", "3"),
 }
-PROTOCOL = ("--whole",)
+PROTOCOL = ("--whole", "--short-sides", "180")
+
+
+def scale_convolutions(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """torchvision's weights of a ResNet, each convolution as large as one drawn afresh: the same function.
+
+    The normalisation after a convolution takes its size away, but relative to it a step of SGD moves a weight
+    by 1 / size². Quantised weights can be several times too large, and such layers hardly learn. The size is
+    that of ResNet's initialisation (He, fan out): std² = 2 / (output channels · k²).
+    """
+    scaled = {name: value.float() for name, value in weights.items()}
+    for name in weights:
+        if scaled[name].dim() != 4:
+            continue
+        weight = scaled[name]
+        norm = name.replace("conv", "bn").replace("downsample.0", "downsample.1").removesuffix(".weight")
+        factor = (2 / weight[:, 0].numel()) ** 0.5 / weight.square().mean().sqrt()
+        scaled[name] = weight * factor
+        scaled[f"{norm}.running_mean"] *= factor
+        scaled[f"{norm}.running_var"] = (scaled[f"{norm}.running_var"] + EPS) * factor**2 - EPS
+    return scaled
 
 
 def run_script(*arguments: str, threads: int) -> None:
@@ -65,8 +90,9 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "--recipe", "camvid", *SETTINGS[name], "--num-steps", str(options.steps), "--random-seed", str(seed),
     )  # fmt: skip
     run_script(
-        "train.py", *data, *flags, "--restore-from", str(options.weights), "--snapshot-dir", str(folder),
-        "--save-pred-every", "200", "--keep-last", "1", "--resume", threads=options.threads,
+        "train.py", *data, *flags, "--restore-from", str(options.work / SCALED),
+        "--snapshot-dir", str(folder), "--save-pred-every", "200", "--keep-last", "1", "--resume",
+        threads=options.threads,
     )  # fmt: skip
     log = map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
     line: dict[str, Any] = {
@@ -97,7 +123,12 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", type=Path, required=True, help="CamVid's folder")
-    parser.add_argument("--weights", type=Path, required=True, help="torchvision's weights of a ResNet-18")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        required=True,
+        help="torchvision's weights of a ResNet-18; they are scaled first",
+    )
     parser.add_argument("--settings", default="r0,r2", help=f"some of {', '.join(SETTINGS)}")
     parser.add_argument("--seeds", default="1,2,3", help="each setting is run with all of them")
     parser.add_argument("--steps", type=int, required=True, help="length of a run")
@@ -128,6 +159,9 @@ def main() -> None:
     todo = [(name, seed) for seed in options.seeds for name in options.settings]
     todo = [(name, seed) for name, seed in todo if (name, seed, options.steps) not in done]
     print(f"{len(done)} runs are done, {len(todo)} to do", flush=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    weights = torch.load(options.weights, map_location="cpu", weights_only=True)
+    torch.save(scale_convolutions(weights), options.work / SCALED)
     writing = threading.Lock()
 
     def work(job: tuple[str, int]) -> None:
