@@ -60,7 +60,7 @@ def scale_convolutions(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tens
         norm = name.replace("conv", "bn").replace("downsample.0", "downsample.1").removesuffix(".weight")
         factor = (2 / weight[:, 0].numel()) ** 0.5 / weight.square().mean().sqrt()
         scaled[name] = weight * factor
-        scaled[f"{norm}.running_mean"] *= factor
+        scaled[f"{norm}.running_mean"] = scaled[f"{norm}.running_mean"] * factor
         scaled[f"{norm}.running_var"] = (scaled[f"{norm}.running_var"] + EPS) * factor**2 - EPS
     return scaled
 

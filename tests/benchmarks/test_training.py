@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
-from benchmarks import loader, plot_log, summarise_runs, train_step
+from benchmarks import loader, plot_log, study, summarise_runs, train_step
 from networks import build_model
 from training.criterion import build_criterion
 
@@ -134,3 +134,30 @@ def test_a_curve_with_evaluations(monkeypatch, capsys, tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run(plot_log, monkeypatch, capsys, tmp_path / "log.jsonl", tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_scaled_convolutions_compute_the_same():
+    """With the size of He's initialisation, the statistics of the normalisation after them alike."""
+    generator = torch.Generator().manual_seed(0)
+    weights, pairs = (
+        {"fc.weight": torch.ones(2, 7)},
+        {"conv1": "bn1", "layer2.0.downsample.0": "layer2.0.downsample.1"},
+    )
+    for conv, norm in pairs.items():
+        weights[f"{conv}.weight"] = torch.randn(7, 4, 3, 3, generator=generator).half()
+        weights[f"{norm}.running_mean"] = torch.randn(7, generator=generator)
+        weights[f"{norm}.running_var"] = torch.rand(7, generator=generator)
+    scaled = study.scale_convolutions(weights)
+    assert torch.equal(scaled["fc.weight"], weights["fc.weight"])
+    x = torch.randn(2, 4, 9, 9, generator=generator)
+    for conv, norm in pairs.items():
+        assert scaled[f"{conv}.weight"].square().mean().item() == pytest.approx(2 / (7 * 9), rel=1e-5)
+        before, after = (
+            torch.nn.functional.batch_norm(
+                torch.nn.functional.conv2d(x, of[f"{conv}.weight"].float()),
+                of[f"{norm}.running_mean"],
+                of[f"{norm}.running_var"],
+            )
+            for of in (weights, scaled)
+        )
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
