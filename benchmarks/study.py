@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from training.provenance import git_commit  # noqa: E402
+from training.snapshots import find_checkpoint  # noqa: E402
+from utils.checkpoint import load_checkpoint  # noqa: E402
 
 SCALED = "scaled_weights.pth"
 EPS = 1e-5  # of torchvision's batch normalisation
@@ -107,6 +109,10 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "threads": options.threads,
         "losses": [[entry["step"], round(entry["loss"], 4)] for entry in log if "loss" in entry],
     }
+    weights = load_checkpoint(find_checkpoint(folder))["model"]
+    gammas = [value.item() for name, value in weights.items() if name.endswith("cca.gamma")]
+    if gammas:
+        line["gamma"] = gammas[0]  # how much of the attention the network adds; it starts at 0
     for split in ("val", "test"):
         out = folder / split
         run_script(

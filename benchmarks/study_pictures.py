@@ -76,7 +76,7 @@ def main() -> None:
             most, chosen = count, (image, label)
     shown.sort(key=lambda one: -one[0])
     for gain, pair, _ in (*shown[:2], *shown[-2:]):
-        print(f"{pair}: {100 * gain:+.1f} points of pixel accuracy")
+        print(f"{pair.image.name}: {100 * gain:+.1f} points of pixel accuracy")
     save(
         [row for _, _, row in (*shown[:2], *shown[-2:])], options.output_dir / "camvid_study_predictions.jpg"
     )
