@@ -1,11 +1,10 @@
 """Train and evaluate a table of settings with several seeds; one JSON line a run.
 
-python benchmarks/study.py --data-dir camvid --weights resnet18.pth --settings r0,r2 --seeds 1,2,3
+python benchmarks/study.py --data-dir camvid --weights resnet18.pth --settings r0,r2 --seeds 1,2,3 --steps 480
 
 The settings change the recipe "camvid", whose frames have half CamVid's size. A run whose line is in the
 file is not repeated and one that was interrupted goes on from its checkpoint, so the same command does what
-is left.
-``benchmarks/summarise_runs.py`` makes the table.
+is left. ``benchmarks/summarise_runs.py`` makes the table.
 """
 
 import argparse
@@ -152,6 +151,8 @@ def parse_args() -> argparse.Namespace:
         options.seeds = [int(seed) for seed in options.seeds.split(",")]
     except ValueError:
         parser.error(f"--seeds {options.seeds}: expected numbers, divided by commas")
+    if not options.weights.is_file():
+        parser.error(f"--weights {options.weights}: no such file")
     for path in ("data_dir", "weights", "work", "output"):
         setattr(options, path, getattr(options, path).resolve())
     return options

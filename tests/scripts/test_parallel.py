@@ -22,7 +22,7 @@ SLOW = ("--learning-rate", 1e-5, "--num-steps", 3, "--save-pred-every", 1)
         ((1, 2, 3), ("--ohem", 0)),
         ((1, 3), ("--ohem-thres", 0.05, "--ohem-keep", 200)),
         ((1, 2), ("--accumulate", 2, "--batch-size", 12, "--checkpoint-activations")),
-        ((1, 2), ("--ohem", 0, "--ccl")),
+        ((1, 3), ("--ohem", 0, "--ccl")),
     ],
     ids=["plain", "mined", "accumulated", "category"],
 )
