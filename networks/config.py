@@ -34,6 +34,11 @@ class NetworkConfig:
         False, "the first block of a dilated stage has half the dilation, as in mmsegmentation"
     )
     recurrence: int = setting(2, "rounds R of criss-cross attention", min=0, head_option=True)
+    initial_gamma: float = setting(
+        0.0,
+        "start of gamma, the factor that attention is added with; 0: published code, 1: the paper's equation",
+        head_option=True,
+    )
     explicit_attention: bool = setting(
         False, "store the attention map of model nonlocal: more memory, as published", head_option=True
     )

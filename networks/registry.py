@@ -23,7 +23,7 @@ def build_model(
     embedding_channels: int = 0,
     **settings: Any,
 ) -> Segmenter:
-    """A network with PyTorch's default initialisation (gamma 0), as the reference has it.
+    """A network with PyTorch's default initialisation, as the reference has it.
 
     Args:
         config: a NetworkConfig, or the name of a head: a key of ``HEADS``.

@@ -54,12 +54,19 @@ class NonLocalHead(ContextHead):
 
     Args:
         explicit_attention: store the attention, see ``NonLocalAttention``.
+        initial_gamma: the factor that the attention is added with, at the start of training.
     """
 
-    options: ClassVar[tuple[str, ...]] = ("explicit_attention",)
+    options: ClassVar[tuple[str, ...]] = ("explicit_attention", "initial_gamma")
 
     def __init__(
-        self, in_channels: int, num_classes: int, norm: Norm, explicit_attention: bool = False
+        self,
+        in_channels: int,
+        num_classes: int,
+        norm: Norm,
+        explicit_attention: bool = False,
+        initial_gamma: float = 0.0,
     ) -> None:
         context = NonLocalAttention(in_channels // 4, explicit_attention)
+        nn.init.constant_(context.gamma, initial_gamma)
         super().__init__(in_channels, num_classes, norm, context)

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cc_attention import CrissCrossAttention
 from networks.heads.base import Head
@@ -21,18 +21,23 @@ class RCCAHead(Head):
         num_classes: channels of the logits.
         norm: makes the normalisation layers, activation included.
         recurrence: R, the number of rounds; 0 leaves the attention out (its parameters stay as they are).
+        initial_gamma: the factor that attention is added with, at the start of training. The published code
+            has 0, so that attention enters as training goes on; the paper's equation 2 has no factor, that is 1.
     """
 
-    options: ClassVar[tuple[str, ...]] = ("recurrence",)
+    options: ClassVar[tuple[str, ...]] = ("recurrence", "initial_gamma")
     state_names: ClassVar[dict[str, str]] = {"classifier": "bottleneck.3"}
 
-    def __init__(self, in_channels: int, num_classes: int, norm: Norm, recurrence: int = 2) -> None:
+    def __init__(
+        self, in_channels: int, num_classes: int, norm: Norm, recurrence: int = 2, initial_gamma: float = 0.0
+    ) -> None:
         super().__init__()
         channels = in_channels // 4
         self.recurrence = recurrence
         self.has_attention = recurrence > 0
         self.conva = conv_norm(conv3x3(in_channels, channels), norm)
         self.cca = CrissCrossAttention(channels).requires_grad_(recurrence > 0)
+        nn.init.constant_(self.cca.gamma, initial_gamma)
         self.convb = conv_norm(conv3x3(channels, channels), norm)
         self.bottleneck = conv_norm(conv3x3(in_channels + channels, channels), norm)
         self.add_classifier(channels, num_classes)

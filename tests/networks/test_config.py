@@ -35,7 +35,7 @@ def test_every_field_has_help_and_plain_values():
     assert all(field.metadata["help"] for field in dataclasses.fields(NetworkConfig))
     config = NetworkConfig(num_classes=3, backbone="resnet18", stem="plain", mean=(1.0, 2.0, 3.0))
     assert NetworkConfig.from_dict(config.to_dict()) == config
-    assert {type(x) for x in config.to_dict().values()} <= {str, int, tuple, bool}
+    assert {type(x) for x in config.to_dict().values()} <= {str, int, float, tuple, bool}
 
 
 def test_keywords_stand_for_the_fields_of_a_config():

@@ -137,11 +137,24 @@ def test_only_the_context_module_differs():
             {"explicit_attention": True},
             "explicit_attention=True is an option of nonlocal; model ccnet has none",
         ),
+        ({"model": "fcn", "initial_gamma": 1}, "initial_gamma=1 is an option of ccnet, nonlocal; model fcn"),
     ],
 )
 def test_an_option_of_another_head_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         NetworkConfig(**options)
+
+
+@pytest.mark.parametrize("name", ["ccnet", "nonlocal"])
+def test_gamma_starts_where_it_is_told_and_nothing_else_changes(name):
+    def state(gamma):
+        torch.manual_seed(0)
+        return build_model(name, backbone="resnet18", num_classes=3, initial_gamma=gamma).state_dict()
+
+    usual, started = state(0.0), state(0.5)
+    gamma = next(entry for entry in usual if entry.endswith(".gamma"))
+    assert (usual.pop(gamma).item(), started.pop(gamma).item()) == (0, 0.5)
+    assert all(torch.equal(usual[entry], started[entry]) for entry in usual)
 
 
 @pytest.mark.parametrize("frames", [1, 3])
