@@ -31,6 +31,7 @@ EPS = 1e-5  # of torchvision's batch normalisation
 SETTINGS: dict[str, tuple[str, ...]] = {
     "r0": ("--recurrence", "0"),
     "r2": ("--recurrence", "2"),
+    "r2_from_0": ("--recurrence", "2", "--initial-gamma", "0"),
     "r1": ("--recurrence", "1"),
     "r3": ("--recurrence", "3"),
     "fcn": ("--model", "fcn"),
@@ -89,6 +90,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     data = ("--data-dir", str(options.data_dir))
     flags = (
         "--recipe", "camvid", *SETTINGS[name], "--num-steps", str(options.steps), "--random-seed", str(seed),
+        "--amp", options.amp,
     )  # fmt: skip
     run_script(
         "train.py", *data, *flags, "--restore-from", str(options.work / SCALED),
@@ -109,9 +111,9 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "losses": [[entry["step"], round(entry["loss"], 4)] for entry in log if "loss" in entry],
     }
     weights = load_checkpoint(find_checkpoint(folder))["model"]
-    gammas = [value.item() for name, value in weights.items() if name.endswith("cca.gamma")]
+    gammas = [value.item() for name, value in weights.items() if name.endswith(".gamma")]
     if gammas:
-        line["gamma"] = gammas[0]  # how much of the attention the network adds; it starts at 0
+        line["gamma"] = gammas[0]  # how much of the attention the network adds
     for split in ("val", "test"):
         out = folder / split
         run_script(
@@ -137,6 +139,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--settings", default="r0,r2", help=f"some of {', '.join(SETTINGS)}")
     parser.add_argument("--seeds", default="1,2,3", help="each setting is run with all of them")
     parser.add_argument("--steps", type=int, required=True, help="length of a run")
+    parser.add_argument(
+        "--amp", default="off", help="as train.py's: bf16 where the processor has instructions for it"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each (default: 1)")
     parser.add_argument("--work", type=Path, default=Path("snapshots/study"), help="folder for checkpoints")

@@ -1,7 +1,7 @@
 """Everything that decides a network, in one place: flags, checkpoints and build_model go by it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from typing import Any, Self
 
 from networks.heads import HEADS
@@ -65,14 +65,24 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for field in fields(self):
+        for field in _options_of_others(self.model):
             value = getattr(self, field.name)
-            is_option = field.metadata.get("head_option") and field.name not in HEADS[self.model].options
-            if is_option and value != field.default:
+            if value != field.default:
                 takers = [name for name, head in HEADS.items() if field.name in head.options]
                 raise ValueError(
                     f"{field.name}={value!r} is an option of {', '.join(takers)}; model {self.model} has none"
                 )
+
+    def with_changes(self, changes: Mapping[str, Any]) -> Self:
+        """The same with other values; where the head changes, options that only the old one has are dropped.
+
+        Raises:
+            ValueError: as on construction.
+        """
+        dropped = {}
+        if changes.get("model", self.model) != self.model and changes["model"] in HEADS:
+            dropped = {field.name: field.default for field in _options_of_others(changes["model"])}
+        return replace(self, **{**dropped, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name, as a checkpoint holds them."""
@@ -82,3 +92,9 @@ class NetworkConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """What ``to_dict`` returned; missing fields have their default, unknown ones are errors."""
         return from_dict(cls, values)
+
+
+def _options_of_others(model: str) -> list["Field[Any]"]:
+    """The fields that only other heads take."""
+    options = HEADS[model].options
+    return [x for x in fields(NetworkConfig) if x.metadata.get("head_option") and x.name not in options]

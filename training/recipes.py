@@ -92,7 +92,7 @@ class Recipe:
             UsageError: a value out of bounds, or settings that contradict each other.
         """
         try:
-            changed = replace(self, network=replace(self.network, **network), **values)
+            changed = replace(self, network=self.network.with_changes(network), **values)
         except ValueError as error:
             raise UsageError(str(error)) from None
         changed._check_together()
@@ -137,11 +137,12 @@ RECIPES: dict[str, Recipe] = {
     # Ours: CamVid at half its size, ResNet-18, for a processor (docs/results/camvid_study.md).
     "camvid": replace(
         CITYSCAPES,
-        network=NetworkConfig(num_classes=11, backbone="resnet18", stem="plain"),
+        network=NetworkConfig(num_classes=11, backbone="resnet18", stem="plain", initial_gamma=1.0),
         input_size=(180, 240),
         short_sides=(150, 165, 180, 200, 220, 240),
         batch_size=2,
-        num_steps=480,
+        num_steps=1200,
+        learning_rate=0.03,
         ohem=False,
     ),
 }

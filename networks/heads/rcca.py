@@ -22,7 +22,7 @@ class RCCAHead(Head):
         norm: makes the normalisation layers, activation included.
         recurrence: R, the number of rounds; 0 leaves the attention out (its parameters stay as they are).
         initial_gamma: the factor that attention is added with, at the start of training. The published code
-            has 0, so that attention enters as training goes on; the paper's equation 2 has no factor, that is 1.
+            has 0, so that attention enters as training goes on; the paper's equation 2 has no factor: 1.
     """
 
     options: ClassVar[tuple[str, ...]] = ("recurrence", "initial_gamma")

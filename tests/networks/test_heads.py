@@ -145,6 +145,17 @@ def test_an_option_of_another_head_is_refused(options, message):
         NetworkConfig(**options)
 
 
+def test_another_head_drops_the_options_of_the_old_one_unless_they_are_asked_for():
+    config = NetworkConfig(recurrence=3, initial_gamma=1.0, num_classes=11)
+    assert config.with_changes({"model": "fcn"}) == NetworkConfig(model="fcn", num_classes=11)
+    assert config.with_changes({"model": "nonlocal"}) == NetworkConfig("nonlocal", 11, initial_gamma=1.0)
+    assert config.with_changes({"model": "ccnet", "num_classes": 11}) == config
+    with pytest.raises(ValueError, match="recurrence=1 is an option of ccnet"):
+        config.with_changes({"model": "fcn", "recurrence": 1})
+    with pytest.raises(ValueError, match="model must be one of"):
+        config.with_changes({"model": "fcm"})
+
+
 @pytest.mark.parametrize("name", ["ccnet", "nonlocal"])
 def test_gamma_starts_where_it_is_told_and_nothing_else_changes(name):
     def state(gamma):
