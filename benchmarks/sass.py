@@ -4,9 +4,10 @@
 
 Each kernel has its registers, spilled bytes and shared memory. A loop is the code between a backward branch
 and its target, without loops inside it. Of the loops with tensor-core instructions (HMMA) the table has their
-number and the most instructions that one has for 16 HMMA; "at full width" is the same for loops with the most
-HMMA, which do nearly all of the work. "per 64 bytes" counts the basic blocks that copy to shared memory
-asynchronously (LDGSTS), whole, by copies of 16 bytes. On CUDA cores the loops with the most FFMA count.
+number and the instructions for 16 HMMA, in the best loop and in the worst: they differ by how many squares of
+a tile a warp has, and by what must be rounded or transposed. "per 64 bytes" counts the basic blocks that copy
+to shared memory asynchronously (LDGSTS), whole, by copies of 16 bytes. On CUDA cores the loops with the most
+FFMA count.
 These are static counts: nothing is run.
 """
 
@@ -164,7 +165,7 @@ HEADING = [
     "spilled bytes",
     "shared bytes",
     "loops with HMMA",
-    "for 16 HMMA, at full width",
+    "for 16 HMMA, at least",
     "at most",
     "per 64 bytes of a tile",
     "shared loads for 256 FFMA",
@@ -173,14 +174,12 @@ HEADING = [
 
 def row(name: str, kernel: Kernel) -> list[str]:
     products = [x for x in kernel.loops if x.hmma]
-    widest = max((x.hmma for x in products), default=0)
-    full = [16 * x.instructions / x.hmma for x in products if x.hmma == widest]
     every = [16 * x.instructions / x.hmma for x in products]
     longest = max((x.ffma for x in kernel.loops if x.ffma >= 64), default=0)
     multiplied = [256 * x.shared_loads / x.ffma for x in kernel.loops if longest and x.ffma == longest]
     cells = [name, str(kernel.registers), str(kernel.spilled_bytes), str(kernel.shared_bytes)]
     cells += [str(len(products)) if products else "–"]
-    cells += [f"{max(full):.0f}" if full else "–", f"{max(every):.0f}" if every else "–"]
+    cells += [f"{best(every):.0f}" if every else "–" for best in (min, max)]
     cells += [f"{4 * kernel.copying / kernel.copies:.0f}" if kernel.copies else "–"]
     return [*cells, f"{max(multiplied):.0f}" if multiplied else "–"]
 

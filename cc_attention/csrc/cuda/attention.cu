@@ -39,6 +39,9 @@ Shape shape_of(const Tensor& query, const Tensor& value) {
   }
   const auto of = [&](int64_t dim) { return static_cast<int>(query.size(dim)); };
   const Size size{dims == 5 ? of(2) : 1, of(dims - 2), of(dims - 1)};
+  const Index step = size.frames > 1 ? size.pixels() : size.width;  // the longest between positions of a line
+  STD_TORCH_CHECK(step * larger(query.size(1), value.size(1)) >> 32 == 0,
+                  "a row of channels, and in a clip a frame, must have fewer than 2^32 elements");
   return {query.size(0), of(1), static_cast<int>(value.size(1)), size};
 }
 

@@ -24,7 +24,7 @@ struct BackwardPass {
   T* dvalue;
   Size size;
   int query_channels, channels;
-  Index first_line;
+  Index first_image;  // whose lines are numbered from 0 on
   Axis axis;
   int query_begin, query_end, key_begin, key_end;  // of each line
   bool first_for_queries, first_for_keys;          // their gradients hold nothing yet
@@ -38,18 +38,24 @@ __device__ Target<Engine, T> target_of(const Segment<T>& to, bool overwrite) {
   return target;
 }
 
-template <typename Engine, typename T>
-__device__ void backward_block(const BackwardPass<T>& pass, void* memory) {
-  const Shared<Engine> shared(memory);
-  const Index line = pass.first_line + blockIdx.x;
-  const Span queries = span_of(pass.axis, pass.size, line, pass.query_begin, pass.query_end);
-  const Span keys = span_of(pass.axis, pass.size, line, pass.key_begin, pass.key_end);
-  const int channels = pass.channels, query_channels = pass.query_channels;
-  const Segment<const T> query = queries.of(pass.query, query_channels), key = keys.of(pass.key, query_channels);
-  const Segment<const T> grad = queries.of(pass.grad, channels), value = keys.of(pass.value, channels);
+// What a block works on: the queries and keys of the pass in one line (blockIdx.x).
+struct BackwardWork {
+  Span queries, keys;
 
+  template <typename T>
+  __device__ BackwardWork(const BackwardPass<T>& pass, int line)
+      : queries(span_of(pass.axis, pass.size, pass.first_image, line, pass.query_begin, pass.query_end)),
+        keys(span_of(pass.axis, pass.size, pass.first_image, line, pass.key_begin, pass.key_end)) {}
+};
+
+// P becomes resident, and dvalue grows.
+template <typename Engine, typename T>
+__device__ void attention_and_dvalue(const BackwardPass<T>& pass, const Shared<Engine>& shared,
+                                     const BackwardWork& work) {
+  const auto& [queries, keys] = work;
   typename Engine::Accumulator part;
-  products<Engine, T>(part, shared, query, key);
+  products<Engine, T>(part, shared, queries.of(pass.query, pass.query_channels),
+                      keys.of(pass.key, pass.query_channels));
 #pragma unroll
   for (int i = 0; i < Engine::ROWS; ++i) {
     const int row = Engine::row(i);
@@ -63,10 +69,17 @@ __device__ void backward_block(const BackwardPass<T>& pass, void* memory) {
     }
   }
   keep_weights(shared, part);  // P, exact: dE is made of it
-  gather<Engine, true, false>(shared, grad, target_of<Engine>(keys.of(pass.dvalue, channels), pass.first_for_keys), 0,
-                              channels);
+  gather<Engine, true, false>(shared, queries.of(pass.grad, pass.channels),
+                              target_of<Engine>(keys.of(pass.dvalue, pass.channels), pass.first_for_keys), 0,
+                              pass.channels);
+}
 
-  products<Engine, T>(part, shared, grad, value);  // dP
+// dE takes the place of P, and dquery and dkey grow.
+template <typename Engine, typename T>
+__device__ void dquery_and_dkey(const BackwardPass<T>& pass, const Shared<Engine>& shared, const BackwardWork& work) {
+  const auto& [queries, keys] = work;
+  typename Engine::Accumulator part;
+  products<Engine, T>(part, shared, queries.of(pass.grad, pass.channels), keys.of(pass.value, pass.channels));  // dP
 #pragma unroll
   for (int i = 0; i < Engine::ROWS; ++i) {
     const int row = Engine::row(i);
@@ -78,13 +91,23 @@ __device__ void backward_block(const BackwardPass<T>& pass, void* memory) {
       part.value[i][j] = widen(attention) * (part.value[i][j] - delta);
     }
   }
-  Engine::round(part);
+  round<Engine>(part);
   keep_weights(shared, part);  // dE
-  gather<Engine, false, true>(shared, key,
-                              target_of<Engine>(queries.of(pass.dquery, query_channels), pass.first_for_queries), 0,
-                              query_channels);
-  gather<Engine, true, true>(shared, query, target_of<Engine>(keys.of(pass.dkey, query_channels), pass.first_for_keys),
-                             0, query_channels);
+  gather<Engine, false, true>(shared, keys.of(pass.key, pass.query_channels),
+                              target_of<Engine>(queries.of(pass.dquery, pass.query_channels), pass.first_for_queries),
+                              0, pass.query_channels);
+  gather<Engine, true, true>(shared, queries.of(pass.query, pass.query_channels),
+                             target_of<Engine>(keys.of(pass.dkey, pass.query_channels), pass.first_for_keys), 0,
+                             pass.query_channels);
+}
+
+template <typename Engine, typename T>
+__device__ void backward_block(const BackwardPass<T>& pass, void* memory) {
+  const Shared<Engine> shared(memory);
+  const int block = static_cast<int>(blockIdx.x);
+  attention_and_dvalue(pass, shared, BackwardWork(pass, block));
+  // Worked out again: to keep addresses in registers meanwhile, gather() would have to spill others.
+  dquery_and_dkey(pass, shared, BackwardWork(pass, unknown(block)));
 }
 
 template <typename Engine, typename T>
@@ -108,7 +131,7 @@ struct Delta {
 template <typename T>
 __global__ __launch_bounds__(Delta<T>::THREADS) void delta_kernel(Delta<T> task) {
   constexpr int VECTOR = 16 / static_cast<int>(sizeof(T));
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = static_cast<int>(threadIdx.x % 32);
   const Index position = static_cast<Index>(blockIdx.x) * Delta<T>::POSITIONS + threadIdx.x / 32;
   if (position >= task.positions) return;  // the whole warp
   const T* grad = task.grad + position * task.channels;

@@ -54,109 +54,152 @@ template <typename A>
 struct Same<A, A> {
   static constexpr bool value = true;
 };
+template <typename A>
+struct Same<A, const A> {
+  static constexpr bool value = true;
+};
 
 // Whether rows of the segment can be moved 16 bytes at a time (the stride is a multiple of the channels), with a
-// stride that fits 32 bits if counted in 16 bytes.
-template <typename T>
-__device__ bool is_aligned(const Segment<T>& segment) {
-  return segment.channels * sizeof(T) % 16 == 0 && reinterpret_cast<Index>(segment.data) % 16 == 0 &&
-         segment.stride * static_cast<Index>(sizeof(T)) >> 36 == 0;
+// stride whose bytes 32 bits can count.
+template <typename Element, typename T>
+__device__ bool takes_vectors(const Segment<T>& segment) {
+  return Same<Element, T>::value && segment.channels * sizeof(T) % 16 == 0 &&
+         reinterpret_cast<Index>(segment.data) % 16 == 0 &&
+         segment.stride * static_cast<Index>(sizeof(T)) >> 32 == 0;
 }
-
-// How a thread goes through ROWS positions × COLUMNS channels, 16 bytes at a time: always in the same columns, and
-// STEP rows further each time.
-template <int ROWS, int COLUMNS, int THREADS, typename T>
-struct Walk {
-  static constexpr int VECTOR = 16 / static_cast<int>(sizeof(T)), VECTORS = COLUMNS / VECTOR;
-  static constexpr int STEP = THREADS / VECTORS, COUNT = ROWS / STEP;
-  static_assert(THREADS % VECTORS == 0 && ROWS % STEP == 0, "each thread has equal work");
-
-  int row, column;  // the first of this thread
-  int end;          // rows from here on are outside; 0 if the columns are
-  T* first;
-  unsigned stride;  // in 16 bytes
-
-  __device__ Walk(const Segment<T>& segment, int position, int channel)
-      : row(static_cast<int>(threadIdx.x) / VECTORS), column(static_cast<int>(threadIdx.x) % VECTORS * VECTOR) {
-    end = channel + column < segment.channels ? segment.positions - position - row : 0;
-    stride = static_cast<unsigned>(segment.stride / VECTOR);
-    first = segment.data + channel + column + rows(static_cast<unsigned>(position + row));
-  }
-  __device__ bool inside(int n) const { return n * STEP < end; }
-  __device__ T* at(int n) const { return first + rows(n * STEP); }
-  // Elements: 32 times 32 bits to 64 bits is one instruction, with a stride of 64 bits it would be six.
-  __device__ Index rows(unsigned count) const {
-    return static_cast<Index>(static_cast<unsigned long long>(stride) * count * VECTOR);
-  }
-};
 
 // Of each eight rows in turn one of the first four and one of the others.
 __device__ inline int interleaved(int row) { return row / 8 * 8 + row % 4 * 2 + row / 4 % 2; }
 
-// Starts to copy ROWS positions × COLUMNS channels, from the given ones on, into a tile of leading dimension
-// LD; what lies beyond the segment becomes zero. `aligned` is is_aligned(segment). (Where elements are converted,
-// as half types for CUDA cores, four loads under way hide their latency.)
-template <int ROWS, int COLUMNS, int LD, int THREADS, bool INTERLEAVED = false, typename Element, typename T>
-__device__ void load_tile(Element* tile, const Segment<const T>& segment, bool aligned, int position, int channel) {
-  if constexpr (Same<Element, T>::value) {
-    if (aligned) {
-      const Walk<ROWS, COLUMNS, THREADS, const T> walk(segment, position, channel);
-      static_assert(!INTERLEAVED || walk.STEP % 8 == 0, "the row within its eight is the same in each step");
-      Element* to = tile + (INTERLEAVED ? interleaved(walk.row) : walk.row) * LD + walk.column;
-#pragma unroll
-      for (int n = 0; n < walk.COUNT; ++n) copy_16_bytes(to + n * walk.STEP * LD, walk.at(n), walk.inside(n));
-      return;
-    }
-  }
-#pragma unroll(Same<Element, T>::value ? 1 : 4)
-  for (int index = threadIdx.x; index < ROWS * COLUMNS; index += THREADS) {
-    const int row = index / COLUMNS, column = index % COLUMNS;
-    Wide<T> x = 0;
-    if (position + row < segment.positions && channel + column < segment.channels) {
-      x = widen(segment.data[(position + row) * segment.stride + channel + column]);
-    }
-    tile[(INTERLEAVED ? interleaved(row) : row) * LD + column] = Narrow<Element>::from(x);
-  }
-}
+// Moves ROWS positions × COLUMNS channels of a segment to or from tiles of leading dimension LD. A thread always moves
+// the same columns, STEP rows further each time, 16 bytes where rows can be moved so, else one element. What is
+// the same for all tiles of the segment is worked out once.
+template <int ROWS, int COLUMNS, int LD, int THREADS, bool INTERLEAVED, typename Element, typename T>
+class Transfer {
+  static constexpr int VECTOR = 16 / static_cast<int>(sizeof(T));
+  static constexpr int STEP = THREADS * VECTOR / COLUMNS, COUNT = ROWS / STEP;
+  static constexpr int SINGLE_STEP = THREADS / COLUMNS, SINGLE_COUNT = ROWS / SINGLE_STEP;
+  static_assert(THREADS % COLUMNS == 0 && ROWS % SINGLE_STEP == 0, "each thread has equal work");
+  static_assert(!Same<Element, T>::value || (COLUMNS % VECTOR == 0 && ROWS % STEP == 0), "so with vectors");
+  static_assert(!INTERLEAVED || STEP % 8 == 0, "the row within its eight is the same in each step");
 
-// The way back, but for what lies beyond the segment.
-template <int ROWS, int COLUMNS, int LD, int THREADS, typename Element, typename T>
-__device__ void store_tile(const Segment<T>& segment, bool aligned, const Element* tile, int position, int channel) {
-  if constexpr (Same<Element, T>::value) {
-    if (aligned) {
-      const Walk<ROWS, COLUMNS, THREADS, T> walk(segment, position, channel);
-      const Element* from = tile + walk.row * LD + walk.column;
+  bool vectors;
+  T* first;           // of this thread, in the segment's first tile
+  unsigned stride;    // in bytes, of single elements in elements
+  int rows, columns;  // of the segment, from the thread's first on
+  int place;          // of the thread's first in a tile
+
+  // 32 times 32 bits to 64 bits is one instruction; with a stride of 64 bits it would be six.
+  __device__ Index further(int count) const {
+    return static_cast<Index>(static_cast<unsigned long long>(stride) * static_cast<unsigned>(count));
+  }
+  __device__ T* vector_further(T* pointer, int count) const {
+    return reinterpret_cast<T*>(reinterpret_cast<Index>(pointer) + further(count));
+  }
+  __device__ T* vector_at(int position, int channel) const {
+    return vector_further(first + static_cast<unsigned>(channel), position);
+  }
+  __device__ int rows_inside(int position, int channel) const { return channel < columns ? rows - position : 0; }
+  // Where the thread's row n goes, counted in steps.
+  template <typename Tile>
+  __device__ Tile* vector_in(Tile* tile, int n) const {
+    return tile + place + n * STEP * LD;
+  }
+  __device__ int single_place(int n) const {
+    const int row = static_cast<int>(threadIdx.x / COLUMNS) + n * SINGLE_STEP;
+    return (INTERLEAVED ? interleaved(row) : row) * LD + static_cast<int>(threadIdx.x % COLUMNS);
+  }
+
+ public:
+  // `vectors`: 16 bytes at a time, which the segment takes. The stride is less than 2^32 elements.
+  __device__ Transfer(const Segment<T>& segment, bool vectors) : vectors(vectors) {
+    const int index = static_cast<int>(threadIdx.x) * (vectors ? VECTOR : 1);
+    const int row = index / COLUMNS, column = index % COLUMNS;
+    stride = static_cast<unsigned>(segment.stride * (vectors ? sizeof(T) : 1));
+    first = unknown(segment.data + column + row * segment.stride);  // one address, not a base and an offset
+    rows = segment.positions - row;
+    columns = segment.channels - column;
+    place = (INTERLEAVED ? interleaved(row) : row) * LD + column;
+  }
+
+  // Starts to fill the tile from this position and channel on; what lies beyond the segment becomes zero. (Where
+  // elements are converted, as half types for CUDA cores, four loads under way hide their latency.)
+  __device__ void load(Element* tile, int position, int channel) const {
+    const int inside = rows_inside(position, channel);
+    if constexpr (Same<Element, T>::value) {
+      if (vectors) {
+        T* from = vector_at(position, channel);
 #pragma unroll
-      for (int n = 0; n < walk.COUNT; ++n) {
-        if (walk.inside(n)) {
-          *reinterpret_cast<Bytes16*>(walk.at(n)) = *reinterpret_cast<const Bytes16*>(from + n * walk.STEP * LD);
+        for (int n = 0; n < COUNT; ++n) {
+          copy_16_bytes(vector_in(tile, n), vector_further(from, n * STEP), n * STEP < inside);
         }
+        return;
+      }
+    }
+    T* from = first + channel + further(position);
+#pragma unroll(Same<Element, T>::value ? 1 : 4)
+    for (int n = 0; n < SINGLE_COUNT; ++n) {
+      const Wide<Element> x = n * SINGLE_STEP < inside ? widen(from[further(n * SINGLE_STEP)]) : 0;
+      tile[single_place(n)] = Narrow<Element>::from(x);
+    }
+  }
+
+  // Replaces each element that this thread loaded, once it is there.
+  template <typename Change>
+  __device__ void change(Element* tile, Change change) const {
+    if (vectors) {
+#pragma unroll
+      for (int n = 0; n < COUNT; ++n) {
+        auto* pack = reinterpret_cast<Pack<Element, VECTOR>*>(vector_in(tile, n));
+        Pack<Element, VECTOR> changed = *pack;
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) changed.item[i] = change(changed.item[i]);
+        *pack = changed;
       }
       return;
     }
-  }
 #pragma unroll 1
-  for (int index = threadIdx.x; index < ROWS * COLUMNS; index += THREADS) {
-    const int row = index / COLUMNS, column = index % COLUMNS;
-    if (position + row < segment.positions && channel + column < segment.channels) {
-      segment.data[(position + row) * segment.stride + channel + column] =
-          Narrow<T>::from(widen(tile[row * LD + column]));
+    for (int n = 0; n < SINGLE_COUNT; ++n) tile[single_place(n)] = change(tile[single_place(n)]);
+  }
+
+  // The way back, but for what lies beyond the segment.
+  __device__ void store(const Element* tile, int position, int channel) const {
+    const int inside = rows_inside(position, channel);
+    if constexpr (Same<Element, T>::value) {
+      if (vectors) {
+        T* to = vector_at(position, channel);
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) {
+          if (n * STEP < inside) {
+            *reinterpret_cast<Bytes16*>(vector_further(to, n * STEP)) =
+                *reinterpret_cast<const Bytes16*>(vector_in(tile, n));
+          }
+        }
+        return;
+      }
+    }
+    T* to = first + channel + further(position);
+#pragma unroll 1
+    for (int n = 0; n * SINGLE_STEP < smaller(inside, ROWS); ++n) {
+      to[further(n * SINGLE_STEP)] = Narrow<T>::from(widen(tile[single_place(n)]));
     }
   }
-}
+};
 
-// For each step: load(step, buffer), then use(step, buffer). There are two buffers of `size` elements, so the
-// next step's tiles arrive while this one's are worked on. All threads of the block take part, and when use()
-// is called what load() brought is there; use() may write into its buffer.
-template <typename Element, typename Load, typename Use>
-__device__ void pipeline(int steps, Element* buffers, int size, Load load, Use use) {
+// For each step: load(step, buffer), arrived(step, buffer), then use(step, buffer). There are two buffers of `size`
+// elements, so the next step's tiles arrive while this one's are worked on. All threads of the block take part. When
+// arrived() is called, what this thread's load() brought is there, when use() is, what all threads' did; both
+// may write into the buffer.
+template <typename Element, typename Load, typename Arrived, typename Use>
+__device__ void pipeline(int steps, Element* buffers, int size, Load load, Arrived arrived, Use use) {
   for (int step = -1; step < steps; ++step) {
-    if (step + 1 < steps) load(step + 1, buffers + (step + 1) % 2 * size);
+    if (step + 1 < steps) load(step + 1, buffers + ((step + 1) & 1) * size);
     close_copy_group();  // perhaps an empty one
     if (step < 0) continue;
     wait_for_all_groups_but_one();
+    arrived(step, buffers + (step & 1) * size);
     __syncthreads();  // every thread's copies have arrived
-    use(step, buffers + step % 2 * size);
+    use(step, buffers + (step & 1) * size);
     __syncthreads();  // every thread is done with this buffer
   }
 }

@@ -24,7 +24,7 @@ struct ForwardPass {
   Wide<T>* lse_after;
   Size size;
   int query_channels, channels;
-  Index first_line;
+  Index first_image;  // whose lines are numbered from 0 on
   Axis axis;
   int tile;                // queries of a block
   int key_begin, key_end;  // of each line
@@ -97,10 +97,13 @@ struct ForwardWork {
   template <typename T>
   __device__ ForwardWork(const ForwardPass<T>& pass, int block) {
     const int length = pass.size.length(pass.axis), tiles = ceil_div(length, pass.tile);
-    const Index line = pass.first_line + block / tiles;
+    const int line = block / tiles;
     query_begin = block % tiles * pass.tile;
-    queries = span_of(pass.axis, pass.size, line, query_begin, smaller(query_begin + pass.tile, length));
-    keys = span_of(pass.axis, pass.size, line, pass.key_begin, pass.key_end);
+    const auto span = [&](int begin, int end) {
+      return span_of(pass.axis, pass.size, pass.first_image, line, begin, end);
+    };
+    queries = span(query_begin, smaller(query_begin + pass.tile, length));
+    keys = span(pass.key_begin, pass.key_end);
   }
 };
 
@@ -126,7 +129,7 @@ __device__ void attend(const ForwardPass<T>& pass, const Shared<Engine>& shared,
   // Where a query has no key in this pass (a column of one position), the maximum is the old lse, each weight is
   // exp(-inf) = 0 and the old share exactly 1.
   softmax<Engine>(weights, lse, old_share, work.queries.length, pass.last, shared.buffers);
-  Engine::round(weights);
+  round<Engine>(weights);
   keep_weights(shared, weights);
 }
 

@@ -55,13 +55,13 @@ Index forward_bytes(const Shape& shape) {
   return Engine::MEMORY_BOUND ? shape.size.pixels() * channels * static_cast<Index>(sizeof(T)) : 0;
 }
 
-// run(axis, first line, lines) for each group of images, rows first, then through time.
+// run(axis, first image, lines) for each group of images, rows first, then through time.
 template <typename Run>
 void for_each_axis(const Shape& shape, const Plan& plan, Run run) {
   for (Index image = 0; image < shape.images(); image += plan.images) {
     const Index images = smaller(plan.images, shape.images() - image);
-    run(Axis::ROW, image * shape.size.height, images * shape.size.height);
-    run(Axis::COLUMN, image * shape.size.width, images * shape.size.width);
+    run(Axis::ROW, image, images * shape.size.height);
+    run(Axis::COLUMN, image, images * shape.size.width);
   }
   if (shape.size.frames > 1) run(Axis::TIME, Index{0}, shape.batch * shape.size.pixels());
 }
@@ -84,12 +84,12 @@ void forward(const Shape& shape, const Plan& plan, const T* query, const T* key,
   const auto passes_along = [&](Axis axis) { return ceil_div(shape.size.length(axis), plan.tile); };
   const int time_passes = shape.size.frames > 1 ? passes_along(Axis::TIME) : 0;
   int left = 0;  // passes until the last one of these positions, which leaves its result in lse
-  for_each_axis(shape, plan, [&](Axis axis, Index first_line, Index lines) {
+  for_each_axis(shape, plan, [&](Axis axis, Index first_image, Index lines) {
     pass.first = axis == Axis::ROW;
     if (axis == Axis::ROW) left = passes_along(Axis::ROW) + passes_along(Axis::COLUMN) + time_passes;
     if (axis == Axis::TIME) left = time_passes;
     pass.axis = axis;
-    pass.first_line = first_line;
+    pass.first_image = first_image;
     const int length = shape.size.length(axis);
     for (pass.key_begin = 0; pass.key_begin < length; pass.key_begin = pass.key_end, pass.first = false) {
       pass.key_end = smaller(pass.key_begin + plan.tile, length);
@@ -122,9 +122,9 @@ void backward(const Shape& shape, const Plan& plan, const T* grad, const T* quer
   pass.size = shape.size;
   pass.query_channels = shape.query_channels;
   pass.channels = shape.channels;
-  for_each_axis(shape, plan, [&](Axis axis, Index first_line, Index lines) {
+  for_each_axis(shape, plan, [&](Axis axis, Index first_image, Index lines) {
     pass.axis = axis;
-    pass.first_line = first_line;
+    pass.first_image = first_image;
     const int length = shape.size.length(axis);
     for (pass.query_begin = 0; pass.query_begin < length; pass.query_begin = pass.query_end) {
       pass.query_end = smaller(pass.query_begin + plan.tile, length);

@@ -5,7 +5,8 @@
 //   Accumulator   a TILE×TILE result in registers: each thread holds ROWS×COLUMNS of its elements, the
 //                 element value[i][j] being that of row(i) and column(j)
 //   multiply()    adds a product of two tiles to the accumulator
-//   round()       rounds an accumulator to what multiply() takes; A_ROUNDED says that A holds such numbers
+//   ROUNDS, rounded()  whether multiply() takes rounded factors only, as rounded() makes them. It rounds those of A
+//                 itself unless A_ROUNDED; those of B are rounded in any case
 //   INTERLEAVED   whether multiply() takes B, where neither is transposed, with its rows interleaved()
 //   DEPTH, GATHER_DEPTH  how many channels, or positions, of a sum are in shared memory at a time
 //   GROUPS        how many threads share a row; group() is this thread's number among them
@@ -40,11 +41,11 @@ struct Portable {
   struct Accumulator {
     Element value[ROWS][COLUMNS];
   };
-  __device__ static int row(int i) { return static_cast<int>(threadIdx.x) / 8 * 2 + i % 2 + i / 2 * 16; }
-  __device__ static int column(int j) { return static_cast<int>(threadIdx.x) % 8 + 8 * j; }
-  __device__ static int group() { return static_cast<int>(threadIdx.x) % 8; }
+  __device__ static int row(int i) { return static_cast<int>(threadIdx.x / 8) * 2 + i % 2 + i / 2 * 16; }
+  __device__ static int column(int j) { return static_cast<int>(threadIdx.x % 8) + 8 * j; }
+  __device__ static int group() { return static_cast<int>(threadIdx.x % 8); }
 
-  __device__ static void round(Accumulator&) {}
+  static constexpr bool ROUNDS = false;
 
   // accumulator += A·B over `depth` (rounded up to DEPTH; tiles are padded with zeros). A is stored as
   // A[row][k], or A[k][row] when transposed; B as B[k][column], or B[column][k] when transposed. Rows and

@@ -85,6 +85,14 @@ __device__ inline int unknown(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+template <typename T>
+__device__ T* unknown(T* x) {  // in global memory
+#ifndef CC_ATTENTION_EMULATED
+  asm volatile("" : "+l"(x));
+  __builtin_assume(__isGlobal(x));
+#endif
+  return x;
+}
 
 __device__ inline float minus_infinity() { return __uint_as_float(0xff800000u); }
 

@@ -31,28 +31,26 @@ struct TensorCore {
   struct Accumulator {
     float value[ROWS][COLUMNS];
   };
-  __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
-  __device__ static int row_square(int m) { return static_cast<int>(threadIdx.x) / 64 + 4 * m; }
-  __device__ static int column_square(int n) { return static_cast<int>(threadIdx.x) / 32 % 2 + 2 * n; }
+  __device__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
+  __device__ static int row_square(int m) { return static_cast<int>(threadIdx.x / 64) + 4 * m; }
+  __device__ static int column_square(int n) { return static_cast<int>(threadIdx.x / 32) % 2 + 2 * n; }
   __device__ static int row(int i) { return 16 * row_square(i / 2) + Fragment::row(lane(), i % 2); }
   __device__ static int column(int j) { return 16 * column_square(j / 4) + Fragment::column(lane(), j % 4); }
-  __device__ static int group() { return static_cast<int>(threadIdx.x) / 32 % 2 * 4 + lane() % 4; }
+  __device__ static int group() { return static_cast<int>(threadIdx.x / 32) % 2 * 4 + lane() % 4; }
 
-  // Rounds what will be factors of products and nothing else; half types round when they are narrowed.
-  __device__ static void round(Accumulator& factors) {
+  // Half types round when they are narrowed.
+  static constexpr bool ROUNDS = Same<Element, float>::value;
+  __device__ static float rounded(float factor) {
 #if CC_ATTENTION_TENSOR_CORES
-    if constexpr (Same<Element, float>::value) {
-#pragma unroll
-      for (int i = 0; i < ROWS; ++i) {
-#pragma unroll
-        for (int j = 0; j < COLUMNS; ++j) factors.value[i][j] = __uint_as_float(Fragment::round(factors.value[i][j]));
-      }
-    }
+    return __uint_as_float(Fragments<float>::round(factor));
+#else
+    return factor;
 #endif
   }
 
   // How many of the warp's squares of rows and of columns lie within the counts is settled before the loop. Columns
-  // are taken four or two squares at a time: tiles are zero beyond their segment.
+  // are taken four or two squares at a time: tiles are zero beyond their segment. Narrow loops are unrolled, so that
+  // each has 8 products of squares.
   template <bool A_TRANSPOSED, bool B_TRANSPOSED, bool A_ROUNDED>
   __device__ static void multiply(Accumulator& accumulator, const Element* a, int lda, const Element* b, int ldb,
                                   int depth, int rows, int columns) {
@@ -78,7 +76,7 @@ struct TensorCore {
   __device__ static void multiply_squares(Accumulator& accumulator, const Element* a, int lda, const Element* b,
                                           int ldb, int depth) {
 #if CC_ATTENTION_TENSOR_CORES
-#pragma unroll 1
+#pragma unroll(8 / (M * N))
     for (int k = 0; k < depth; k += Fragment::STEP) {
       unsigned a_fragment[M][4];
 #pragma unroll
@@ -89,8 +87,8 @@ struct TensorCore {
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         unsigned b_fragment[4];
-        Fragment::template load<true, !B_TRANSPOSED, false>(b_fragment, b + 32 * n * (B_TRANSPOSED ? ldb : 1), ldb,
-                                                            lane());
+        Fragment::template load<true, !B_TRANSPOSED, true>(b_fragment, b + 32 * n * (B_TRANSPOSED ? ldb : 1), ldb,
+                                                           lane());
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           Fragment::multiply_add(&accumulator.value[2 * m][4 * n], &accumulator.value[2 * m + 1][4 * n],

@@ -47,19 +47,27 @@ __device__ void products(typename Engine::Accumulator& result, const Shared<Engi
                          const Segment<const T>& x, const Segment<const T>& y) {
   using Element = typename Engine::Element;
   constexpr int LD = Shared<Engine>::PRODUCT_LD, SECOND = Engine::TILE * LD;
-  const bool x_aligned = is_aligned(x), y_aligned = is_aligned(y);
+  using Tiles = Transfer<Engine::TILE, Engine::DEPTH, LD, Engine::THREADS, false, Element, const T>;
+  const bool vectors = takes_vectors<Element>(x) && takes_vectors<Element>(y);
+  const Tiles x_tiles(x, vectors), y_tiles(y, vectors);
   clear<Engine>(result);
   pipeline(
       ceil_div(x.channels, Engine::DEPTH), shared.buffers, Shared<Engine>::BUFFER,
       [&](int step, Element* buffer) {
         const int channel = step * Engine::DEPTH;
-        load_tile<Engine::TILE, Engine::DEPTH, LD, Engine::THREADS>(buffer, x, x_aligned, 0, channel);
-        load_tile<Engine::TILE, Engine::DEPTH, LD, Engine::THREADS>(buffer + SECOND, y, y_aligned, 0, channel);
+        x_tiles.load(buffer, 0, channel);
+        y_tiles.load(buffer + SECOND, 0, channel);
+      },
+      [&](int, Element* buffer) {
+        if constexpr (Engine::ROUNDS) {
+          x_tiles.change(buffer, Engine::rounded);
+          y_tiles.change(buffer + SECOND, Engine::rounded);
+        }
       },
       [&](int step, const Element* buffer) {
         const int depth = smaller(Engine::DEPTH, x.channels - step * Engine::DEPTH);
-        Engine::template multiply<false, true, false>(result, buffer, LD, buffer + SECOND, LD, depth, x.positions,
-                                                      y.positions);
+        Engine::template multiply<false, true, true>(result, buffer, LD, buffer + SECOND, LD, depth, x.positions,
+                                                     y.positions);
       });
 }
 
@@ -88,6 +96,18 @@ __device__ void keep_weights(const Shared<Engine>& shared, const typename Engine
   put_rows<Engine, Engine::TILE>(shared.weights, accumulator, 0);
 }
 
+// Rounds what will be factors of products and nothing else.
+template <typename Engine>
+__device__ void round(typename Engine::Accumulator& factors) {
+  if constexpr (Engine::ROUNDS) {
+#pragma unroll
+    for (int i = 0; i < Engine::ROWS; ++i) {
+#pragma unroll
+      for (int j = 0; j < Engine::COLUMNS; ++j) factors.value[i][j] = Engine::rounded(factors.value[i][j]);
+    }
+  }
+}
+
 // Where a sum goes: to = share · to + sum, with one share for each of the thread's rows. With `overwrite` the
 // old contents do not matter, whatever they are.
 template <typename Engine, typename T>
@@ -98,7 +118,7 @@ struct Target {
 };
 
 // target ← weights · values, or weightsᵀ · values, for the channels in [channel_begin, channel_end). The begin
-// is a multiple of TILE, the end too unless it is the last channel's. ROUNDED: the weights were Engine::round()ed.
+// is a multiple of TILE, the end too unless it is the last channel's. ROUNDED: the weights were round()ed.
 //
 // A chunk of TILE channels at a time, the old contents pass through the buffers first, then the values, then
 // the result: all that is read or written in global memory is whole rows of a tile.
@@ -108,11 +128,13 @@ __device__ void gather(const Shared<Engine>& shared, const Segment<const T>& val
   using Element = typename Engine::Element;
   constexpr int LD = Shared<Engine>::LD, DEPTH = Engine::GATHER_DEPTH;
   const Segment<T>& to = target.to;
-  const Segment<const T> old{to.data, to.stride, to.positions, to.channels};
   const int old_steps = target.overwrite ? 0 : ceil_div(to.positions, DEPTH);
   const int steps = old_steps + ceil_div(values.positions, DEPTH);  // of a chunk
   const int chunks = ceil_div(channel_end - channel_begin, Engine::TILE);
-  const bool to_aligned = is_aligned(to), values_aligned = is_aligned(values);
+  constexpr bool INTERLEAVED = Engine::INTERLEAVED && !TRANSPOSED;
+  const bool vectors = takes_vectors<Element>(to) && takes_vectors<Element>(values);
+  const Transfer<DEPTH, Engine::TILE, LD, Engine::THREADS, false, Element, T> result_tiles(to, vectors);
+  const Transfer<DEPTH, Engine::TILE, LD, Engine::THREADS, INTERLEAVED, Element, const T> value_tiles(values, vectors);
   typename Engine::Accumulator sum;
   struct Counter {
     int channel, place;
@@ -120,23 +142,24 @@ __device__ void gather(const Shared<Engine>& shared, const Segment<const T>& val
       return place + 1 == steps ? Counter{channel + Engine::TILE, 0} : Counter{channel, place + 1};
     }
   };
-  Counter now{channel_begin - Engine::TILE, steps - 1};  // the last step used
+  Counter now{channel_begin - Engine::TILE, steps - 1}, loaded = now;  // the last step used, and loaded
   pipeline(
       chunks * steps, shared.buffers, Shared<Engine>::BUFFER,
-      [&](int step, Element* buffer) {
-        Counter loaded = now.next(steps);
-        if (step > 0) loaded = loaded.next(steps);  // the step in between is not used yet
+      [&](int, Element* buffer) {
+        loaded = loaded.next(steps);
         if (loaded.place < old_steps) {
-          load_tile<DEPTH, Engine::TILE, LD, Engine::THREADS>(buffer, old, to_aligned, loaded.place * DEPTH,
-                                                              loaded.channel);
+          result_tiles.load(buffer, loaded.place * DEPTH, loaded.channel);
         } else {
-          constexpr bool INTERLEAVED = Engine::INTERLEAVED && !TRANSPOSED;
-          load_tile<DEPTH, Engine::TILE, LD, Engine::THREADS, INTERLEAVED>(
-              buffer, values, values_aligned, (loaded.place - old_steps) * DEPTH, loaded.channel);
+          value_tiles.load(buffer, (loaded.place - old_steps) * DEPTH, loaded.channel);
         }
       },
       [&](int, Element* buffer) {
         now = now.next(steps);
+        if constexpr (Engine::ROUNDS) {
+          if (now.place >= old_steps) value_tiles.change(buffer, Engine::rounded);
+        }
+      },
+      [&](int, Element* buffer) {
         const auto [channel, place] = now;
         if (place == 0) clear<Engine>(sum);
         if (place < old_steps) {
@@ -161,7 +184,7 @@ __device__ void gather(const Shared<Engine>& shared, const Segment<const T>& val
           __syncthreads();  // every thread is done with what the buffer held
           put_rows<Engine, DEPTH>(buffer, sum, begin);
           __syncthreads();
-          store_tile<DEPTH, Engine::TILE, LD, Engine::THREADS>(to, to_aligned, buffer, begin, channel);
+          result_tiles.store(buffer, begin, channel);
         }
       });
 }
