@@ -26,7 +26,7 @@ from dataset.reading import read_sample  # noqa: E402
 from evaluation import Predictor  # noqa: E402
 from evaluation.attention_page import attention_rounds  # noqa: E402
 from training.snapshots import find_checkpoint  # noqa: E402
-from utils.arguments import run_script  # noqa: E402
+from utils.arguments import UsageError, run_script  # noqa: E402
 
 
 def dense(weights: Tensor) -> Tensor:
@@ -114,8 +114,10 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take each Nth image (default: 1)")
     parser.add_argument("--json", type=Path, help="write the numbers there as well")
     options = parser.parse_args()
-    predictor = Predictor(find_checkpoint(options.restore_from), device="cpu", whole=True)
+    predictor = Predictor(find_checkpoint(options.restore_from), device="cpu", amp="off", whole=True)
     spec = find_dataset(options.data_dir)
+    if tuple(predictor.names) != tuple(spec.labels.names):
+        raise UsageError(f"{options.restore_from}: has other classes than the data set")
     pairs = list_samples(spec, options.data_dir, options.split)[:: options.every]
     found = []
     for pair in pairs:

@@ -24,7 +24,9 @@ sys.path.insert(0, str(ROOT))
 
 from training.provenance import git_commit  # noqa: E402
 from training.snapshots import find_checkpoint  # noqa: E402
-from utils.checkpoint import load_checkpoint  # noqa: E402
+from utils.arguments import UsageError  # noqa: E402
+from utils.arguments import run_script as run_main  # noqa: E402
+from utils.checkpoint import load_checkpoint, model_state  # noqa: E402
 
 SCALED = "scaled_weights.pth"
 EPS = 1e-5  # of torchvision's batch normalisation
@@ -45,6 +47,26 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "t3_r3": ("--recurrence", "3", "--clip", "3"),
 }
 PROTOCOL = ("--whole", "--short-sides", "180")
+
+
+class RunError(RuntimeError):
+    """A run that ended with an error."""
+
+    exit_status = 1
+
+
+def load_backbone(path: Path) -> dict[str, torch.Tensor]:
+    """torchvision's weights of a ResNet.
+
+    Raises:
+        UsageError: the file holds something else.
+        CheckpointError: it cannot be read.
+    """
+    weights = model_state(load_checkpoint(path), path)
+    stem = weights.get("conv1.weight")
+    if stem is None or stem.shape[-1] != 7 or "fc.weight" not in weights:
+        raise UsageError(f"--weights {path}: expected torchvision's weights of a ResNet")
+    return weights
 
 
 def scale_convolutions(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -71,7 +93,7 @@ def run_script(*arguments: str, threads: int) -> None:
     """Run a script of the project on the CPU.
 
     Raises:
-        SystemExit: it failed; the message is its last line.
+        RunError: it failed; the message is its last line.
     """
     done = subprocess.run(
         [sys.executable, *arguments, "--gpu", "cpu", "--num-workers", "0"],
@@ -81,7 +103,7 @@ def run_script(*arguments: str, threads: int) -> None:
         text=True,
     )
     if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)}: {done.stderr.strip().splitlines()[-1]}")
+        raise RunError(f"{' '.join(arguments)}: {done.stderr.strip().splitlines()[-1]}")
 
 
 def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -112,7 +134,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     }
     weights = load_checkpoint(find_checkpoint(folder))["model"]
     gammas = [value.item() for name, value in weights.items() if name.endswith(".gamma")]
-    if gammas:
+    if gammas and name != "r0":
         line["gamma"] = gammas[0]  # how much of the attention the network adds
     for split in ("val", "test"):
         out = folder / split
@@ -156,8 +178,6 @@ def parse_args() -> argparse.Namespace:
         options.seeds = [int(seed) for seed in options.seeds.split(",")]
     except ValueError:
         parser.error(f"--seeds {options.seeds}: expected numbers, divided by commas")
-    if not options.weights.is_file():
-        parser.error(f"--weights {options.weights}: no such file")
     for path in ("data_dir", "weights", "work", "output"):
         setattr(options, path, getattr(options, path).resolve())
     return options
@@ -172,8 +192,7 @@ def main() -> None:
     todo = [(name, seed) for name, seed in todo if (name, seed, options.steps) not in done]
     print(f"{len(done)} runs are done, {len(todo)} to do", flush=True)
     options.work.mkdir(parents=True, exist_ok=True)
-    weights = torch.load(options.weights, map_location="cpu", weights_only=True)
-    torch.save(scale_convolutions(weights), options.work / SCALED)
+    torch.save(scale_convolutions(load_backbone(options.weights)), options.work / SCALED)
     writing = threading.Lock()
 
     def work(job: tuple[str, int]) -> None:
@@ -188,4 +207,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -9,6 +9,7 @@ the attention at R = 1, at R = 2; in the image with the largest cars) to ``--out
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -25,9 +26,17 @@ from evaluation import Predictor  # noqa: E402
 from evaluation.attention_page import attention_rounds, heat_pictures  # noqa: E402
 from evaluation.pictures import side_by_side  # noqa: E402
 from training.snapshots import find_checkpoint  # noqa: E402
-from utils.arguments import run_script  # noqa: E402
+from utils.arguments import UsageError, run_script  # noqa: E402
 
 POINTS = ("car", "pavement", "building")
+
+
+def load(path: Path, names: Sequence[str]) -> Predictor:
+    """The checkpoint's predictor; UsageError where it has other classes."""
+    predictor = Predictor(find_checkpoint(path), device="cpu", amp="off", whole=True)
+    if tuple(predictor.names) != tuple(names):
+        raise UsageError(f"{path}: has other classes than the data set")
+    return predictor
 
 
 def predict(predictor: Predictor, image: np.ndarray, short_side: int) -> np.ndarray:
@@ -59,10 +68,10 @@ def main() -> None:
     parser.add_argument("--short-side", type=int, default=180, help="of what is predicted (default: 180)")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "docs/results")
     options = parser.parse_args()
-    without, with_ = (
-        Predictor(find_checkpoint(path), device="cpu", whole=True) for path in (options.r0, options.r2)
-    )
     spec = find_dataset(options.data_dir)
+    if not set(POINTS) <= set(spec.labels.names):
+        raise UsageError(f"--data-dir {options.data_dir}: expected CamVid, found {spec.prefix}")
+    without, with_ = (load(path, spec.labels.names) for path in (options.r0, options.r2))
     points = [spec.labels.names.index(name) for name in POINTS]
     shown, most = [], 0
     for pair in list_samples(spec, options.data_dir, "test"):

@@ -11,6 +11,7 @@ from scipy.stats import ttest_rel
 from benchmarks import loader, plot_log, study, summarise_runs, train_step
 from networks import build_model
 from training.criterion import build_criterion
+from utils.arguments import UsageError
 
 
 def run(module, monkeypatch, capsys, *arguments):
@@ -134,6 +135,15 @@ def test_a_curve_with_evaluations(monkeypatch, capsys, tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run(plot_log, monkeypatch, capsys, tmp_path / "log.jsonl", tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_weights_of_a_study_are_torchvisions(tmp_path):
+    weights = {"conv1.weight": torch.ones(2, 3, 7, 7), "fc.weight": torch.ones(2, 7)}
+    torch.save(weights, tmp_path / "resnet.pth")
+    assert study.load_backbone(tmp_path / "resnet.pth").keys() == weights.keys()
+    torch.save({"conv1.weight": torch.ones(2, 3, 7, 7), "head.x": torch.ones(1)}, tmp_path / "network.pth")
+    with pytest.raises(UsageError, match="network.pth: expected torchvision's weights"):
+        study.load_backbone(tmp_path / "network.pth")
 
 
 def test_scaled_convolutions_compute_the_same():
