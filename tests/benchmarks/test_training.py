@@ -142,7 +142,7 @@ def test_weights_of_a_study_are_torchvisions(tmp_path):
     torch.save(weights, tmp_path / "resnet.pth")
     assert study.load_backbone(tmp_path / "resnet.pth").keys() == weights.keys()
     torch.save({"conv1.weight": torch.ones(2, 3, 7, 7), "head.x": torch.ones(1)}, tmp_path / "network.pth")
-    with pytest.raises(UsageError, match="network.pth: expected torchvision's weights"):
+    with pytest.raises(UsageError, match="expected torchvision's weights"):
         study.load_backbone(tmp_path / "network.pth")
 
 
