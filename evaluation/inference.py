@@ -13,6 +13,8 @@ from torch.nn import functional as F
 # Images (B,3,H,W), or clips (B,3,T,H,W) and the index of one of their frames → logits (B,N,H,W) in fp32.
 Predict = Callable[..., Tensor]
 
+NARROW = 16  # pixels; the backbone's strided convolutions see down to an eighth of it
+
 
 def whole(model: nn.Module) -> Predict:
     """The whole image through the network at once; logits up-sampled bilinearly.
@@ -163,7 +165,7 @@ def _add(total: Tensor, logits: Tensor, mirrored: bool, mirror_pairs: Sequence[t
 
 
 def with_autocast(predict: Predict, amp: str, device: torch.device) -> Predict:
-    """Compute in a half type; logits stay fp32.
+    """Compute in a half type; logits stay fp32, as does all on a CPU for very narrow images.
 
     Args:
         amp: "bf16", "fp16", "off", or "auto": bf16 where the device has instructions for it.
@@ -175,6 +177,9 @@ def with_autocast(predict: Predict, amp: str, device: torch.device) -> Predict:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
     def predict_in_half(images: Tensor, *frame: int) -> Tensor:
+        # oneDNN's AMX kernels return uninitialised memory for strided convolutions of maps 1 or 2 wide.
+        if device.type == "cpu" and images.shape[-1] <= NARROW:
+            return predict(images, *frame)
         with torch.autocast(device.type, dtype=dtype):
             return predict(images, *frame)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from evaluation.inference import multi_scale, short_sides, sliding, whole
+from evaluation.inference import multi_scale, short_sides, sliding, whole, with_autocast
 
 
 class Local(nn.Module):
@@ -178,3 +178,12 @@ def test_two_maps_of_logits_at_a_time():
 
     multi_scale(predict, (0.5, 0.75, 1.25, 1.5), flip=True)(torch.randn(1, 3, 40, 48))
     assert most <= 2
+
+
+@pytest.mark.parametrize(("width", "half"), [(16, False), (17, True)])
+def test_narrow_images_are_in_full_precision_on_a_cpu(width, half):
+    def predict(images):
+        return torch.tensor(torch.is_autocast_enabled("cpu"))
+
+    image = torch.zeros(1, 3, 20, width)
+    assert with_autocast(predict, "bf16", torch.device("cpu"))(image).item() == half
