@@ -2,9 +2,9 @@
 
 python benchmarks/study.py --data-dir camvid --weights resnet18.pth --settings r0,r2 --seeds 1,2,3 --steps 480
 
-The settings change the recipe "camvid", whose frames have half CamVid's size. A run whose line is in the
-file is not repeated and one that was interrupted goes on from its checkpoint, so the same command does what
-is left. ``benchmarks/summarise_runs.py`` makes the table.
+The settings change the recipe "camvid", whose frames have half CamVid's size, with ``--full-size`` all of it.
+A run whose line is in the file is not repeated and one that was interrupted goes on from its checkpoint, so
+the same command does what is left. ``benchmarks/summarise_runs.py`` makes the table.
 """
 
 import argparse
@@ -42,11 +42,13 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "nonlocal": ("--model", "nonlocal"),
     "r2_ccl": ("--recurrence", "2", "--ccl"),
     "r2_ohem": ("--recurrence", "2", "--ohem", "1", "--ohem-keep", "20000"),
-    # A clip is a sample: a step sees three times the frames of the others.
+    # A clip is a sample: a step sees three times the frames of the others, as one of six images does.
     "t3_r2": ("--recurrence", "2", "--clip", "3"),
     "t3_r3": ("--recurrence", "3", "--clip", "3"),
+    "r2_batch6": ("--recurrence", "2", "--batch-size", "6"),
 }
-PROTOCOL = ("--whole", "--short-sides", "180")
+# Of frames and crops of CamVid's own size, where the recipe halves both.
+FULL_SIZE = ("--input-size", "360,480", "--short-sides", "300,330,360,400,440,480")
 
 
 class RunError(RuntimeError):
@@ -89,16 +91,17 @@ def scale_convolutions(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return scaled
 
 
-def run_script(*arguments: str, threads: int) -> None:
-    """Run a script of the project on the CPU.
+def run_script(*arguments: str, options: argparse.Namespace) -> None:
+    """Run a script of the project.
 
     Raises:
         RunError: it failed; the message is its last line.
     """
+    workers = "0" if options.gpu == "cpu" else "2"
     done = subprocess.run(
-        [sys.executable, *arguments, "--gpu", "cpu", "--num-workers", "0"],
+        [sys.executable, *arguments, "--gpu", options.gpu, "--num-workers", workers],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        env=os.environ | {"OMP_NUM_THREADS": str(options.threads)},
         capture_output=True,
         text=True,
     )
@@ -106,18 +109,27 @@ def run_script(*arguments: str, threads: int) -> None:
         raise RunError(f"{' '.join(arguments)}: {done.stderr.strip().splitlines()[-1]}")
 
 
+def flags_of(name: str, seed: int, options: argparse.Namespace) -> tuple[str, ...]:
+    """The options of train.py that make a run what it is."""
+    flags = ["--recipe", "camvid", *SETTINGS[name]]
+    flags += ["--num-steps", str(options.steps), "--random-seed", str(seed)]
+    if options.backbone != "resnet18":
+        flags += ["--backbone", options.backbone]
+    if options.full_size:
+        flags += FULL_SIZE
+    return *flags, "--amp", options.amp
+
+
 def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train one setting with one seed and evaluate it on val and test."""
     folder = options.work / f"{name}_{options.steps}_{seed}"
     data = ("--data-dir", str(options.data_dir))
-    flags = (
-        "--recipe", "camvid", *SETTINGS[name], "--num-steps", str(options.steps), "--random-seed", str(seed),
-        "--amp", options.amp,
-    )  # fmt: skip
+    flags = flags_of(name, seed, options)
+    protocol = ("--whole", "--short-sides", "360" if options.full_size else "180")
     run_script(
         "train.py", *data, *flags, "--restore-from", str(options.work / SCALED),
         "--snapshot-dir", str(folder), "--save-pred-every", "200", "--keep-last", "1", "--resume",
-        threads=options.threads,
+        options=options,
     )  # fmt: skip
     log = map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
     line: dict[str, Any] = {
@@ -125,7 +137,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "seed": seed,
         "steps": options.steps,
         "flags": " ".join(flags),
-        "protocol": " ".join(PROTOCOL),
+        "protocol": " ".join(protocol),
         "weights": options.weights.name,
         "commit": (git_commit(ROOT) or {}).get("commit"),
         "hardware": options.hardware,
@@ -139,8 +151,8 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     for split in ("val", "test"):
         out = folder / split
         run_script(
-            "evaluate.py", *data, "--restore-from", str(folder), "--split", split, *PROTOCOL,
-            "--output-dir", str(out), threads=options.threads,
+            "evaluate.py", *data, "--restore-from", str(folder), "--split", split, *protocol,
+            "--output-dir", str(out), options=options,
         )  # fmt: skip
         metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
         line[split] = {key: metrics[key] for key in ("mIoU", "mean_accuracy", "pixel_accuracy", "IoU")}
@@ -156,7 +168,7 @@ def parse_args() -> argparse.Namespace:
         "--weights",
         type=Path,
         required=True,
-        help="torchvision's weights of a ResNet-18; they are scaled first",
+        help="torchvision's weights of the backbone; they are scaled first",
     )
     parser.add_argument("--settings", default="r0,r2", help=f"some of {', '.join(SETTINGS)}")
     parser.add_argument("--seeds", default="1,2,3", help="each setting is run with all of them")
@@ -164,6 +176,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--amp", default="off", help="as train.py's: bf16 where the processor has instructions for it"
     )
+    parser.add_argument("--backbone", default="resnet18", help="of --weights (default: resnet18)")
+    parser.add_argument("--full-size", action="store_true", help="frames of twice the recipe's size")
+    parser.add_argument("--gpu", default="cpu", help="as train.py's (default: cpu)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each (default: 1)")
     parser.add_argument("--work", type=Path, default=Path("snapshots/study"), help="folder for checkpoints")
@@ -186,10 +201,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     options = parse_args()
     lines = options.output.read_text(encoding="utf-8").splitlines() if options.output.exists() else []
-    done = {(line["setting"], line["seed"], line["steps"]) for line in map(json.loads, lines)}
+    done = {line["flags"] for line in map(json.loads, lines)}
     # Seed by seed, so that whatever time there is gives pairs that can be compared.
     todo = [(name, seed) for seed in options.seeds for name in options.settings]
-    todo = [(name, seed) for name, seed in todo if (name, seed, options.steps) not in done]
+    todo = [job for job in todo if " ".join(flags_of(*job, options)) not in done]
     print(f"{len(done)} runs are done, {len(todo)} to do", flush=True)
     options.work.mkdir(parents=True, exist_ok=True)
     torch.save(scale_convolutions(load_backbone(options.weights)), options.work / SCALED)

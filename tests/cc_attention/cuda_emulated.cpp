@@ -29,7 +29,7 @@ void run_backward(const Shape& shape, const Plan& plan, const void* const* in, v
   const auto input = [&](int n) { return static_cast<const T*>(in[n]); };
   const auto output = [&](int n) { return static_cast<T*>(out[n]); };
   backward(
-      shape, plan, input(0), input(1), input(2), input(3), input(4), static_cast<const Wide<T>*>(in[5]), delta.data(),
+      shape, plan.tile, input(0), input(1), input(2), input(3), input(4), static_cast<const Wide<T>*>(in[5]), delta.data(),
       output(0), output(1), output(2),
       [](const Delta<T>& task, Index blocks) {
         const emulator::Dim3 grid{static_cast<unsigned>(blocks), 1, 1};
@@ -49,12 +49,12 @@ void run(bool backward, const Shape& shape, const Plan& plan, const void* const*
 }  // namespace
 
 // Forward: in = query, key, value; out = out, lse. Backward: in = grad, query, key, value, out, lse;
-// out = dquery, dkey, dvalue. Maps are (B,T,H,W,·). Plan: tile, images, splits.
+// out = dquery, dkey, dvalue. Maps are (B,T,H,W,·). Plan: tile, splits.
 extern "C" void attention(int backward, int tensor_cores, const char* dtype,
                           const int* sizes,  // B, Cr, C, T, H, W
                           const int* plan_values, const void* const* in, void* const* out) {
   const Shape shape{sizes[0], sizes[1], sizes[2], {sizes[3], sizes[4], sizes[5]}};
-  const Plan plan{plan_values[0], plan_values[1], plan_values[2]};
+  const Plan plan{plan_values[0], plan_values[1]};
   const auto is = [&](const char* name) { return std::strcmp(dtype, name) == 0; };
   if (is("float64")) {
     run<Portable<double>, double>(backward, shape, plan, in, out);
@@ -68,28 +68,20 @@ extern "C" void attention(int backward, int tensor_cores, const char* dtype,
   }
 }
 
-// The launcher's own plan for the forward, to look at: tile, images, splits. Device: multiprocessors, blocks, MiB.
-extern "C" void plan_of(int tensor_cores, const int* sizes, const int* device_values, int* values) {
+// The launcher's own plan, to look at: tile, splits. `room`: blocks that the device holds at a time.
+extern "C" void plan_of(int tensor_cores, const int* sizes, int room, int* values) {
   const Shape shape{sizes[0], sizes[1], sizes[2], {sizes[3], sizes[4], sizes[5]}};
-  const Device device{device_values[0], device_values[1], static_cast<Index>(device_values[2]) << 20};
-  const auto plan_on = [&](auto engine, auto element) {
-    using Engine = decltype(engine);
-    return plan_for<Engine>(shape, device, forward_bytes<Engine, decltype(element)>(shape));
-  };
-  const Plan plan =
-      tensor_cores ? plan_on(TensorCore<Half>{}, Half{}) : plan_on(Portable<float>{}, float{});
+  const Plan plan = tensor_cores ? plan_for<TensorCore<Half>>(shape, room) : plan_for<Portable<float>>(shape, room);
   values[0] = plan.tile;
-  values[1] = static_cast<int>(plan.images);
-  values[2] = plan.splits;
+  values[1] = plan.splits;
 }
 
 #ifdef STANDALONE
-// emulated TENSOR_CORES DTYPE B CR C T H W TILE IMAGES SPLITS: forward and backward on arrays of exactly the size
-// needed.
+// emulated TENSOR_CORES DTYPE B CR C T H W TILE SPLITS: forward and backward on arrays of exactly the size needed.
 int main(int argc, char** argv) {
-  emulator::require(argc == 12, "eleven arguments are needed");
-  int numbers[9];
-  for (int n = 0; n < 9; ++n) numbers[n] = std::atoi(argv[3 + n]);
+  emulator::require(argc == 11, "ten arguments are needed");
+  int numbers[8];
+  for (int n = 0; n < 8; ++n) numbers[n] = std::atoi(argv[3 + n]);
   const size_t positions = static_cast<size_t>(numbers[0]) * numbers[3] * numbers[4] * numbers[5];
   const bool half = std::strstr(argv[2], "16") != nullptr;
   const auto map = [&](int channels) {  // some numbers between -1 and 1

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.training.threads import in_threads
-from training.criterion import _Pixels, build_criterion, ohem_threshold
+from training.criterion import _Pixels, _UpSample, build_criterion, ohem_threshold
 
 
 def sample(batch=2, classes=5, height=45, width=61, ignored=0.2, sharpness=2.0, seed=0):
@@ -55,6 +55,23 @@ def reference_loss(logits, target, threshold):
         if target[b, y, x] != 255 and probabilities[b, target[b, y, x], y, x] <= threshold
     ]
     return -np.log(kept).mean() if kept else 0.0
+
+
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [((5, 7), (17, 20)), ((1, 4), (1, 9)), ((4, 1), (9, 5)), ((6, 6), (3, 4)), ((3, 3), (1, 1))],
+)
+def test_gradient_of_the_up_sampling(small, large):
+    x = torch.randn(2, 3, *small, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(2, 3, *large, dtype=torch.float64)
+    ours, theirs = (
+        torch.autograd.grad(y, x, grad)[0]
+        for y in (
+            _UpSample.apply(x, large),
+            F.interpolate(x, large, mode="bilinear", align_corners=True),
+        )
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize(("height", "width"), [(45, 61), (97, 33), (9, 130), (3, 5), (8, 8), (12, 20)])

@@ -113,16 +113,14 @@ void allow_shared_memory(Kernel* kernel) {
   }
 }
 
-// Ask after allow_shared_memory(): a kernel that may not run at all has no blocks.
+// How many blocks the device holds at a time. Ask after allow_shared_memory(): a kernel that may not run has none.
 template <typename Engine, typename Kernel>
-Device device_of(const Tensor& x, Kernel* kernel) {
-  int multiprocessors = 0, cache_bytes = 0, blocks = 0;
-  const int index = x.get_device_index();
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, index));
+Index room_for(const Tensor& x, Kernel* kernel) {
+  int multiprocessors = 0, blocks = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, x.get_device_index()));
   STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, Engine::THREADS,
                                                                Shared<Engine>::BYTES));
-  return {multiprocessors, blocks, cache_bytes};
+  return static_cast<Index>(multiprocessors) * blocks;
 }
 
 template <typename Engine, typename T>
@@ -132,8 +130,7 @@ void forward_on(const Shape& shape, const Tensor& query, const Tensor& key, cons
   const cudaStream_t stream = current_stream(query);
   const Tensor scratch = empty_wide(query);
   allow_shared_memory<Engine>(forward_kernel<Engine, T>);
-  const Device device = device_of<Engine>(query, forward_kernel<Engine, T>);
-  const Plan plan = plan_for<Engine>(shape, device, forward_bytes<Engine, T>(shape));
+  const Plan plan = plan_for<Engine>(shape, room_for<Engine>(query, forward_kernel<Engine, T>));
   forward<Engine, T>(shape, plan, data<const T>(query), data<const T>(key), data<const T>(value), data<T>(out),
                      data<Number>(lse), data<Number>(scratch),
                      [&](const ForwardPass<T>& pass, Index x, int y) {
@@ -150,10 +147,8 @@ void backward_on(const Shape& shape, const Tensor& grad, const Tensor& query, co
   const cudaStream_t stream = current_stream(query);
   const Tensor delta = empty_wide(query);
   allow_shared_memory<Engine>(backward_kernel<Engine, T>);
-  // Its blocks take all channels of a line, so fewer images would leave multiprocessors without work.
-  const Plan plan = plan_for<Engine>(shape, device_of<Engine>(query, backward_kernel<Engine, T>), 0);
   backward<T>(
-      shape, plan, data<const T>(grad), data<const T>(query), data<const T>(key), data<const T>(value),
+      shape, Engine::TILE, data<const T>(grad), data<const T>(query), data<const T>(key), data<const T>(value),
       data<const T>(out), data<const Number>(lse), data<Number>(delta), data<T>(dquery), data<T>(dkey),
       data<T>(dvalue),
       [&](const Delta<T>& task, Index x) {

@@ -24,7 +24,6 @@ struct BackwardPass {
   T* dvalue;
   Size size;
   int query_channels, channels;
-  Index first_image;  // whose lines are numbered from 0 on
   Axis axis;
   int query_begin, query_end, key_begin, key_end;  // of each line
   bool first_for_queries, first_for_keys;          // their gradients hold nothing yet
@@ -44,8 +43,8 @@ struct BackwardWork {
 
   template <typename T>
   __device__ BackwardWork(const BackwardPass<T>& pass, int line)
-      : queries(span_of(pass.axis, pass.size, pass.first_image, line, pass.query_begin, pass.query_end)),
-        keys(span_of(pass.axis, pass.size, pass.first_image, line, pass.key_begin, pass.key_end)) {}
+      : queries(span_of(pass.axis, pass.size, line, pass.query_begin, pass.query_end)),
+        keys(span_of(pass.axis, pass.size, line, pass.key_begin, pass.key_end)) {}
 };
 
 // P becomes resident, and dvalue grows.

@@ -24,7 +24,6 @@ struct ForwardPass {
   Wide<T>* lse_after;
   Size size;
   int query_channels, channels;
-  Index first_image;  // whose lines are numbered from 0 on
   Axis axis;
   int tile;                // queries of a block
   int key_begin, key_end;  // of each line
@@ -100,7 +99,7 @@ struct ForwardWork {
     const int line = block / tiles;
     query_begin = block % tiles * pass.tile;
     const auto span = [&](int begin, int end) {
-      return span_of(pass.axis, pass.size, pass.first_image, line, begin, end);
+      return span_of(pass.axis, pass.size, line, begin, end);
     };
     queries = span(query_begin, smaller(query_begin + pass.tile, length));
     keys = span(pass.key_begin, pass.key_end);

@@ -42,16 +42,15 @@ struct Span {
   }
 };
 
-// The positions [begin, end) of a line. Lines are numbered from the first of an image on: row image·H + y, column
-// image·W + x, through time (b·H + y)·W + x, where the image is the batch's first. A launch has fewer than 2^31 lines;
-// to divide 64 bits would take a hundred instructions.
-__device__ inline Span span_of(Axis axis, const Size& size, Index first_image, int line, int begin, int end) {
+// The positions [begin, end) of a line. Rows are numbered image·H + y, columns image·W + x, lines through time
+// (b·H + y)·W + x. A launch has fewer than 2^31 lines; to divide 64 bits would take a hundred instructions.
+__device__ inline Span span_of(Axis axis, const Size& size, int line, int begin, int end) {
   const Index width = size.width, pixels = size.pixels();
-  if (axis == Axis::ROW) return {(first_image * size.height + line) * width + begin, 1, end - begin};
+  if (axis == Axis::ROW) return {line * width + begin, 1, end - begin};
   const int lines = axis == Axis::COLUMN ? size.width : static_cast<int>(pixels);
   const Index group = line / lines, place = line % lines;
   if (axis == Axis::COLUMN) {
-    return {((first_image + group) * size.height + begin) * width + place, width, end - begin};
+    return {(group * size.height + begin) * width + place, width, end - begin};
   }
   return {(group * size.frames + begin) * pixels + place, pixels, end - begin};
 }

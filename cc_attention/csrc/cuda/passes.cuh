@@ -16,54 +16,29 @@ struct Shape {
 };
 
 struct Plan {
-  int tile;      // positions of a segment, at most TILE
-  Index images;  // of a launch: each frame of a clip is one
-  int splits;    // of the channels, forward
+  int tile;    // positions of a segment, at most TILE
+  int splits;  // of the channels, forward
 };
 
-// What work is divided by.
-struct Device {
-  int multiprocessors;
-  int blocks;  // of the kernel that a multiprocessor holds at a time
-  Index cache_bytes;  // L2
-};
-
-// Work goes by images, rows, then columns: what a pass along the rows has read and written is then still in the L2
-// cache for that along the columns. As many images are taken together as the GPU can work on at once: with more,
-// some blocks would wait for a second round. Where that leaves room for it, several blocks share the channels of a
-// line, each computing the energies anew (Cr/C of the work). Where this is to be had and memory is the limit,
-// image_bytes says what an image takes in the cache, and no more images are taken than fit; otherwise it is 0. Lines
-// through time come last, for they need all frames.
+// Each axis is one launch over the whole batch: rows, then columns, then in clips lines through time. (Launches of a
+// few images, whose maps the columns then find in the L2 cache, took 1.2 to 1.6 times as long on an H100: their blocks
+// do not fill the multiprocessors.) Where there are fewer blocks than the GPU holds at a time (`room`), several share
+// the channels of a line, each computing the energies anew (Cr/C of the work).
 template <typename Engine>
-Plan plan_for(const Shape& shape, const Device& device, Index image_bytes) {
-  const int tile = Engine::TILE;
-  const Index room = static_cast<Index>(device.multiprocessors) * device.blocks;
+Plan plan_for(const Shape& shape, Index room) {
   const auto [frames, height, width] = shape.size;
-  const Index blocks_of_image = larger(static_cast<Index>(height) * ceil_div(width, tile),
-                                       static_cast<Index>(width) * ceil_div(height, tile));
-  Index images = smaller(shape.images(), room / blocks_of_image);
-  if (image_bytes > 0) images = smaller(images, device.cache_bytes / image_bytes);
-  images = larger<Index>(1, images);
-  const Index splits = smaller<Index>(room / (images * blocks_of_image), ceil_div(shape.channels, tile));
-  return {tile, images, static_cast<int>(larger<Index>(1, splits))};
+  const Index blocks = shape.images() * larger(static_cast<Index>(height) * ceil_div(width, Engine::TILE),
+                                               static_cast<Index>(width) * ceil_div(height, Engine::TILE));
+  const Index splits = smaller<Index>(room / larger<Index>(1, blocks), ceil_div(shape.channels, Engine::TILE));
+  return {Engine::TILE, static_cast<int>(larger<Index>(1, splits))};
 }
 
-// What the forward's passes read or write of an image. CUDA cores are slower than memory: there it does not matter.
-template <typename Engine, typename T>
-Index forward_bytes(const Shape& shape) {
-  const Index channels = 2 * (static_cast<Index>(shape.query_channels) + shape.channels);
-  return Engine::MEMORY_BOUND ? shape.size.pixels() * channels * static_cast<Index>(sizeof(T)) : 0;
-}
-
-// run(axis, first image, lines) for each group of images, rows first, then through time.
+// run(axis, lines)
 template <typename Run>
-void for_each_axis(const Shape& shape, const Plan& plan, Run run) {
-  for (Index image = 0; image < shape.images(); image += plan.images) {
-    const Index images = smaller(plan.images, shape.images() - image);
-    run(Axis::ROW, image, images * shape.size.height);
-    run(Axis::COLUMN, image, images * shape.size.width);
-  }
-  if (shape.size.frames > 1) run(Axis::TIME, Index{0}, shape.batch * shape.size.pixels());
+void for_each_axis(const Shape& shape, Run run) {
+  run(Axis::ROW, shape.images() * shape.size.height);
+  run(Axis::COLUMN, shape.images() * shape.size.width);
+  if (shape.size.frames > 1) run(Axis::TIME, shape.batch * shape.size.pixels());
 }
 
 // launch(pass, grid x, grid y). `scratch` is as large as lse.
@@ -82,14 +57,11 @@ void forward(const Shape& shape, const Plan& plan, const T* query, const T* key,
   pass.channels_per_block = ceil_div(ceil_div(shape.channels, plan.splits), Engine::TILE) * Engine::TILE;
   const int splits = shape.channels > 0 ? ceil_div(shape.channels, pass.channels_per_block) : 1;
   const auto passes_along = [&](Axis axis) { return ceil_div(shape.size.length(axis), plan.tile); };
-  const int time_passes = shape.size.frames > 1 ? passes_along(Axis::TIME) : 0;
-  int left = 0;  // passes until the last one of these positions, which leaves its result in lse
-  for_each_axis(shape, plan, [&](Axis axis, Index first_image, Index lines) {
+  int left = 0;  // passes until the last one, which leaves its result in lse
+  for_each_axis(shape, [&](Axis axis, Index) { left += passes_along(axis); });
+  for_each_axis(shape, [&](Axis axis, Index lines) {
     pass.first = axis == Axis::ROW;
-    if (axis == Axis::ROW) left = passes_along(Axis::ROW) + passes_along(Axis::COLUMN) + time_passes;
-    if (axis == Axis::TIME) left = time_passes;
     pass.axis = axis;
-    pass.first_image = first_image;
     const int length = shape.size.length(axis);
     for (pass.key_begin = 0; pass.key_begin < length; pass.key_begin = pass.key_end, pass.first = false) {
       pass.key_end = smaller(pass.key_begin + plan.tile, length);
@@ -104,7 +76,7 @@ void forward(const Shape& shape, const Plan& plan, const T* query, const T* key,
 
 // launch_delta(task, grid x), then launch(pass, grid x). `delta` is as large as lse.
 template <typename T, typename LaunchDelta, typename Launch>
-void backward(const Shape& shape, const Plan& plan, const T* grad, const T* query, const T* key, const T* value,
+void backward(const Shape& shape, int tile, const T* grad, const T* query, const T* key, const T* value,
               const T* out, const Wide<T>* lse, Wide<T>* delta, T* dquery, T* dkey, T* dvalue,
               LaunchDelta launch_delta, Launch launch) {
   const Delta<T> task{grad, out, delta, shape.positions(), shape.channels};
@@ -122,14 +94,13 @@ void backward(const Shape& shape, const Plan& plan, const T* grad, const T* quer
   pass.size = shape.size;
   pass.query_channels = shape.query_channels;
   pass.channels = shape.channels;
-  for_each_axis(shape, plan, [&](Axis axis, Index first_image, Index lines) {
+  for_each_axis(shape, [&](Axis axis, Index lines) {
     pass.axis = axis;
-    pass.first_image = first_image;
     const int length = shape.size.length(axis);
     for (pass.query_begin = 0; pass.query_begin < length; pass.query_begin = pass.query_end) {
-      pass.query_end = smaller(pass.query_begin + plan.tile, length);
+      pass.query_end = smaller(pass.query_begin + tile, length);
       for (pass.key_begin = 0; pass.key_begin < length; pass.key_begin = pass.key_end) {
-        pass.key_end = smaller(pass.key_begin + plan.tile, length);
+        pass.key_end = smaller(pass.key_begin + tile, length);
         pass.first_for_queries = axis == Axis::ROW && pass.key_begin == 0;
         pass.first_for_keys = axis == Axis::ROW && pass.query_begin == 0;
         launch(pass, lines);

@@ -11,7 +11,6 @@
 //   DEPTH, GATHER_DEPTH  how many channels, or positions, of a sum are in shared memory at a time
 //   GROUPS        how many threads share a row; group() is this thread's number among them
 //   VECTOR        how many of a thread's consecutive columns are neighbours
-//   MEMORY_BOUND  whether memory is slower than the products
 //   AVAILABLE     whether the architecture that is compiled for has it
 #pragma once
 
@@ -23,7 +22,6 @@ template <typename Element_>
 struct Portable {
   using Element = Element_;
   static constexpr bool AVAILABLE = true;
-  static constexpr bool MEMORY_BOUND = false;
   static constexpr int TILE = 64;  // positions of a segment, channels of a chunk
   static constexpr int THREADS = 64;
   static constexpr int MAX_SHARED = 48 * 1024;                          // what every GPU gives a block

@@ -11,7 +11,6 @@ struct TensorCore {
   using Element = Element_;
   using Fragment = Fragments<Element>;
   static constexpr bool AVAILABLE = CC_ATTENTION_TENSOR_CORES;
-  static constexpr bool MEMORY_BOUND = true;
   static constexpr int TILE = 128;
   static constexpr int THREADS = 256;
   static constexpr int MAX_SHARED = 99 * 1024;  // on sm_86, the least of those with tensor cores for bf16
