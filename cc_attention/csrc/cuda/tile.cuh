@@ -161,7 +161,10 @@ __device__ void gather(const Shared<Engine>& shared, const Segment<const T>& val
       },
       [&](int, Element* buffer) {
         const auto [channel, place] = now;
-        if (place == 0) clear<Engine>(sum);
+        if (place == 0) {
+          clear<Engine>(sum);
+          asm volatile("");  // a branch: otherwise each step has 64 selections
+        }
         if (place < old_steps) {
 #pragma unroll
           for (int i = 0; i < Engine::ROWS; ++i) {
