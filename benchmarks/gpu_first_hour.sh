@@ -84,10 +84,10 @@ for tool in memcheck racecheck synccheck; do
 done
 part memcheck_tests 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
     "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/test_cuda.py tests/libs/test_cuda.py -k "$small"
-part pytest_cuda 300 "$PYTHON" -m pytest -q -m cuda -p no:cacheprovider --durations=10
+part pytest_cuda 300 "$PYTHON" -m pytest -q -m cuda -p no:cacheprovider --numprocesses 4 --durations=10
 
 for dtype in bfloat16 float16 float32; do
-    bench "attention_$dtype" 60 attention --batch 8 --dtype $dtype --json "$folder/attention_$dtype.json"
+    bench "attention_$dtype" 90 attention --batch 8 --dtype $dtype --json "$folder/attention_$dtype.json"
 done
 bench attention_tf32 60 attention --batch 8 --tf32 --criss-cross-only --json "$folder/attention_tf32.json"
 bench attention_clips 60 attention --batch 2 --dtype bfloat16 --frames 5 --json "$folder/attention_clips.json"
@@ -108,7 +108,7 @@ part demo 60 "$PYTHON" -m dataset.demo "$folder/demo" --train 64 --val 12 --size
 part train 120 "$PYTHON" train.py "${run[@]}" --gpu 0 --amp bf16 --num-steps 200 --snapshot-dir "$folder/train"
 part evaluate 60 "$PYTHON" evaluate.py --data-dir "$folder/demo" --restore-from "$folder/train" --whole \
     --output-dir "$folder/evaluate"
-part train_recipe 120 "$PYTHON" train.py --data-dir "$folder/demo" --gpu 0 --amp bf16 --batch-size 8 --num-steps 30 \
+part train_recipe 180 "$PYTHON" train.py --data-dir "$folder/demo" --gpu 0 --amp bf16 --batch-size 8 --num-steps 30 \
     --snapshot-dir "$folder/train_recipe"
 if [ "$gpus" -gt 1 ]; then
     part train_replicas 120 "$PYTHON" train.py "${run[@]}" --gpu 0,1 --num-steps 30 \

@@ -4,7 +4,7 @@ python benchmarks/summarise_runs.py results/seed*/metrics.json
 python benchmarks/summarise_runs.py docs/results/camvid_study.jsonl --plot docs/results/camvid_study.png
 
 Of files of evaluate.py, class by class. Of the JSON lines of ``benchmarks/study.py``, a table of its
-settings, with the difference to R = 0 and its 95 % interval, paired by seed.
+settings, with the difference to one of them (``--base``, R = 0) and its 95 % interval, paired by seed.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 SPLITS = ("val", "test")
-BASE = "r0"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -94,8 +93,8 @@ def of_split(by_seed: dict[int, dict[str, float]], split: str) -> dict[int, floa
     return {seed: scores[split] for seed, scores in by_seed.items()}
 
 
-def print_study(runs: dict[str, dict[int, dict[str, float]]]) -> None:
-    print("| Setting | Runs | val | test | val, difference to R = 0 | test, difference to R = 0 |")
+def print_study(runs: dict[str, dict[int, dict[str, float]]], base_name: str) -> None:
+    print(f"| Setting | Runs | val | test | val, less {base_name} | test, less {base_name} |")
     print("|---|---|---|---|---|---|")
     for name, by_seed in runs.items():
         cells = [name, str(len(by_seed))]
@@ -104,8 +103,8 @@ def print_study(runs: dict[str, dict[int, dict[str, float]]]) -> None:
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}")
         for split in SPLITS:
-            base = of_split(runs.get(BASE, {}), split)
-            difference = paired(of_split(by_seed, split), base) if name != BASE else None
+            base = of_split(runs.get(base_name, {}), split)
+            difference = paired(of_split(by_seed, split), base) if name != base_name else None
             cells.append("-" if difference is None else f"{difference[0]:+.2f} ± {difference[1]:.2f}")
         print(f"| {' | '.join(cells)} |")
 
@@ -124,7 +123,7 @@ def plot_study(runs: dict[str, dict[int, dict[str, float]]], path: Path) -> None
             axes.plot([index] * len(values), values, "o", color="tab:blue", alpha=0.6)
             bar = [index - 0.25, index + 0.25], [statistics.mean(values)] * 2
             axes.plot(*bar, color="tab:orange", linewidth=3)
-        axes.set_xticks(range(len(runs)), list(runs), rotation=30)
+        axes.set_xticks(range(len(runs)), list(runs), rotation=30, ha="right", rotation_mode="anchor")
         axes.set_title(f"{split} mIoU, per cent")
     figure.savefig(path, dpi=120)
 
@@ -136,6 +135,7 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+", help="metrics.json files, or the lines of one study")
     parser.add_argument("--json", type=Path, help="write the numbers of metrics.json files there as well")
     parser.add_argument("--plot", type=Path, help="PNG of a study's runs")
+    parser.add_argument("--base", default="r0", help="setting to compare with (default: r0)")
     options = parser.parse_args()
     if options.files[0].suffix != ".jsonl":
         if options.plot:
@@ -145,7 +145,9 @@ def main() -> None:
     if len(options.files) > 1 or options.json:
         parser.error("of a study one file is taken, and --json is for metrics.json files")
     runs = load_study(options.files[0])
-    print_study(runs)
+    if options.base not in runs:
+        parser.error(f"--base {options.base}: expected one of {', '.join(runs)}")
+    print_study(runs, options.base)
     if options.plot:
         plot_study(runs, options.plot)
 
