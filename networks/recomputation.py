@@ -16,19 +16,36 @@ _thread = threading.local()  # a backward pass on a GPU has a thread of its own
 
 @contextmanager
 def recompute_in_backward(tensor: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
-    """Layers called within do not save ``tensor`` for their backward pass: ``compute`` makes it again."""
+    """Layers called within do not save ``tensor`` for their backward pass: ``compute`` makes it again.
+
+    Once for all of them: it stays from its first use in the backward pass to its last.
+    """
     is_compiling = torch.compiler.is_compiling()  # a compiler plans memory by itself
     saved_anyway = is_compiling or not torch.is_grad_enabled()
     if saved_anyway or getattr(_thread, "in_checkpointed", False):
         yield
         return
     address, shape = tensor.data_ptr(), tensor.shape
+    uses, to_come = 0, 0
+    again: Tensor | None = None
 
     def pack(saved: Tensor) -> Tensor | None:
-        return None if saved.data_ptr() == address and saved.shape == shape else saved
+        nonlocal uses
+        if saved.data_ptr() != address or saved.shape != shape:
+            return saved
+        uses += 1
+        return None
 
     def unpack(packed: Tensor | None) -> Tensor:
-        return compute() if packed is None else packed
+        nonlocal again, to_come
+        if packed is not None:
+            return packed
+        if again is None:
+            again, to_come = compute(), uses
+        result, to_come = again, to_come - 1
+        if to_come == 0:
+            again = None
+        return result
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

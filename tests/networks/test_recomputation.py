@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from benchmarks.attention import levels
 from libs import ABN
 from networks import build_model
+from networks.recomputation import recompute_in_backward
 from networks.resnet import BasicBlock, Stage
 
 
@@ -32,6 +33,22 @@ def test_the_same_bits_with_less_memory(norm, backbone):
         assert all(layer.momentum == 0.1 for layer in model.modules() if hasattr(layer, "momentum"))
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
     assert held[1] < 0.7 * held[0]
+
+
+def test_what_several_layers_saved_is_computed_once_in_each_backward_pass():
+    x = torch.randn(3, 4, requires_grad=True)
+    between, calls = x.detach() * 2, []
+
+    def compute():
+        calls.append(None)
+        return x.detach() * 2
+
+    with recompute_in_backward(between, compute):
+        loss = (between * x).sum() + (between * x.exp()).sum()
+    for passes in (1, 2):
+        (grad,) = torch.autograd.grad(loss, x, retain_graph=True)
+        torch.testing.assert_close(grad, 2 * x * (1 + x.exp()))
+        assert len(calls) == passes
 
 
 def test_nothing_is_special_in_inference():
