@@ -45,6 +45,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     # A clip is a sample: a step sees three times the frames of the others, as one of six images does.
     "t3_r2": ("--recurrence", "2", "--clip", "3"),
     "t3_r3": ("--recurrence", "3", "--clip", "3"),
+    "r0_batch6": ("--recurrence", "0", "--batch-size", "6"),
     "r2_batch6": ("--recurrence", "2", "--batch-size", "6"),
 }
 # Of frames and crops of CamVid's own size, where the recipe halves both.
