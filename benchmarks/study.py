@@ -3,8 +3,9 @@
 python benchmarks/study.py --data-dir camvid --weights resnet18.pth --settings r0,r2 --seeds 1,2,3 --steps 480
 
 The settings change the recipe "camvid", whose frames have half CamVid's size, with ``--full-size`` all of it.
-A run whose line is in the file is not repeated and one that was interrupted goes on from its checkpoint, so
-the same command does what is left. ``benchmarks/summarise_runs.py`` makes the table.
+They take batches of two where their names say nothing else: there are many runs to do. A run whose line is in
+the file is not repeated and one that was interrupted goes on from its checkpoint, so the same command does
+what is left. ``benchmarks/summarise_runs.py`` makes the table.
 """
 
 import argparse
@@ -113,6 +114,8 @@ def run_script(*arguments: str, options: argparse.Namespace) -> None:
 def flags_of(name: str, seed: int, options: argparse.Namespace) -> tuple[str, ...]:
     """The options of train.py that make a run what it is."""
     flags = ["--recipe", "camvid", *SETTINGS[name]]
+    if "--batch-size" not in flags:
+        flags += ["--batch-size", "2"]
     flags += ["--num-steps", str(options.steps), "--random-seed", str(seed)]
     if options.backbone != "resnet18":
         flags += ["--backbone", options.backbone]
@@ -121,12 +124,17 @@ def flags_of(name: str, seed: int, options: argparse.Namespace) -> tuple[str, ..
     return *flags, "--amp", options.amp
 
 
+def protocol_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """Those of evaluate.py."""
+    return "--whole", "--short-sides", "360" if options.full_size else "180"
+
+
 def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train one setting with one seed and evaluate it on val and test."""
     folder = options.work / f"{name}_{options.steps}_{seed}"
     data = ("--data-dir", str(options.data_dir))
     flags = flags_of(name, seed, options)
-    protocol = ("--whole", "--short-sides", "360" if options.full_size else "180")
+    protocol = protocol_of(options)
     run_script(
         "train.py", *data, *flags, "--restore-from", str(options.work / SCALED),
         "--snapshot-dir", str(folder), "--save-pred-every", "200", "--keep-last", "1", "--resume",
@@ -202,10 +210,12 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     options = parse_args()
     lines = options.output.read_text(encoding="utf-8").splitlines() if options.output.exists() else []
-    done = {line["flags"] for line in map(json.loads, lines)}
+    keys = ("setting", "seed", "steps", "protocol", "weights")
+    done = {tuple(line[key] for key in keys) for line in map(json.loads, lines)}
+    what = (options.steps, " ".join(protocol_of(options)), options.weights.name)
     # Seed by seed, so that whatever time there is gives pairs that can be compared.
     todo = [(name, seed) for seed in options.seeds for name in options.settings]
-    todo = [job for job in todo if " ".join(flags_of(*job, options)) not in done]
+    todo = [job for job in todo if (*job, *what) not in done]
     print(f"{len(done)} runs are done, {len(todo)} to do", flush=True)
     options.work.mkdir(parents=True, exist_ok=True)
     torch.save(scale_convolutions(load_backbone(options.weights)), options.work / SCALED)

@@ -140,7 +140,7 @@ RECIPES: dict[str, Recipe] = {
         network=NetworkConfig(num_classes=11, backbone="resnet18", stem="plain", initial_gamma=1.0),
         input_size=(180, 240),
         short_sides=(150, 165, 180, 200, 220, 240),
-        batch_size=2,
+        batch_size=6,
         num_steps=1200,
         learning_rate=0.03,
         ohem=False,
