@@ -23,6 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.summarise_runs import kind_of  # noqa: E402
 from training.provenance import git_commit  # noqa: E402
 from training.snapshots import find_checkpoint  # noqa: E402
 from utils.arguments import UsageError  # noqa: E402
@@ -116,16 +117,14 @@ def flags_of(name: str, seed: int, options: argparse.Namespace) -> tuple[str, ..
     flags = ["--recipe", "camvid", *SETTINGS[name]]
     if "--batch-size" not in flags:
         flags += ["--batch-size", "2"]
-    flags += ["--num-steps", str(options.steps), "--random-seed", str(seed)]
-    if options.backbone != "resnet18":
-        flags += ["--backbone", options.backbone]
+    flags += ["--num-steps", str(options.steps), "--random-seed", str(seed), "--backbone", options.backbone]
     if options.full_size:
         flags += FULL_SIZE
     return *flags, "--amp", options.amp
 
 
 def protocol_of(options: argparse.Namespace) -> tuple[str, ...]:
-    """Those of evaluate.py."""
+    """The options of evaluate.py."""
     return "--whole", "--short-sides", "360" if options.full_size else "180"
 
 
@@ -202,6 +201,8 @@ def parse_args() -> argparse.Namespace:
         options.seeds = [int(seed) for seed in options.seeds.split(",")]
     except ValueError:
         parser.error(f"--seeds {options.seeds}: expected numbers, divided by commas")
+    if options.backbone != "resnet18" or options.full_size:  # runs of another kind: folders of their own
+        options.work /= options.backbone + ("_full_size" if options.full_size else "")
     for path in ("data_dir", "weights", "work", "output"):
         setattr(options, path, getattr(options, path).resolve())
     return options
@@ -210,12 +211,11 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     options = parse_args()
     lines = options.output.read_text(encoding="utf-8").splitlines() if options.output.exists() else []
-    keys = ("setting", "seed", "steps", "protocol", "weights")
-    done = {tuple(line[key] for key in keys) for line in map(json.loads, lines)}
-    what = (options.steps, " ".join(protocol_of(options)), options.weights.name)
+    done = {(line["setting"], line["seed"], *kind_of(line)) for line in map(json.loads, lines)}
+    kind = (options.steps, " ".join(protocol_of(options)), options.weights.name)
     # Seed by seed, so that whatever time there is gives pairs that can be compared.
     todo = [(name, seed) for seed in options.seeds for name in options.settings]
-    todo = [job for job in todo if (*job, *what) not in done]
+    todo = [job for job in todo if (*job, *kind) not in done]
     print(f"{len(done)} runs are done, {len(todo)} to do", flush=True)
     options.work.mkdir(parents=True, exist_ok=True)
     torch.save(scale_convolutions(load_backbone(options.weights)), options.work / SCALED)

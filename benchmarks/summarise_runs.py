@@ -61,14 +61,19 @@ def print_classes(paths: list[Path], json_path: Path | None) -> None:
         json_path.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
+def kind_of(line: dict[str, Any]) -> tuple[Any, ...]:
+    """Length, protocol and weights of a study's run: what runs that are compared have in common."""
+    return line["steps"], line["protocol"], line["weights"]
+
+
 def load_study(path: Path) -> dict[str, dict[int, dict[str, float]]]:
-    """mIoU in per cent by setting, seed and split; of one length of the runs, the one most were given."""
+    """mIoU in per cent by setting, seed and split; of one kind of runs, the one that most are of."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        steps = statistics.mode(line["steps"] for line in lines)
+        kind = statistics.mode(map(kind_of, lines))
         runs: dict[str, dict[int, dict[str, float]]] = {}
         for line in lines:
-            if line["steps"] == steps:
+            if kind_of(line) == kind:
                 scores = {split: 100 * line[split]["mIoU"] for split in SPLITS}
                 runs.setdefault(line["setting"], {})[line["seed"]] = scores
     except OSError as error:
@@ -103,7 +108,7 @@ def print_study(runs: dict[str, dict[int, dict[str, float]]], base_name: str) ->
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}")
         for split in SPLITS:
-            base = of_split(runs.get(base_name, {}), split)
+            base = of_split(runs[base_name], split)
             difference = paired(of_split(by_seed, split), base) if name != base_name else None
             cells.append("-" if difference is None else f"{difference[0]:+.2f} ± {difference[1]:.2f}")
         print(f"| {' | '.join(cells)} |")

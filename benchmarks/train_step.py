@@ -18,7 +18,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -61,15 +61,12 @@ COLUMNS = ("images/s", "peak MiB")
 @contextmanager
 def usual_code() -> Iterator[None]:
     """The network without its savings: all activations held, attention by the tensor formulation."""
-
-    def up_sampled(x: Tensor, size: Sequence[int]) -> Tensor:
-        return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
-
+    up_sample = partial(F.interpolate, mode="bilinear", align_corners=True)
     with (
         patch("networks.resnet.norm_relu_conv", lambda norm, x, conv: conv(F.relu_(norm(x)))),
         patch("networks.resnet.run_block_pair", lambda first, second, x: second(first(x))),
         patch("cc_attention.modules.criss_cross_attention", tensor_formulation),
-        patch("training.criterion._UpSample.apply", up_sampled),
+        patch("training.criterion._UpSample.apply", up_sample),
     ):
         yield
 

@@ -158,6 +158,7 @@ class _Pixels:
     def __init__(self, logits: Tensor, target: Tensor, ignore_index: int) -> None:
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
+        # Contiguous, since log_softmax wants so: the large map would be copied, the small one is cheap to.
         logits = _UpSample.apply(logits.contiguous(), target.shape[1:])
         self.labelled = target != ignore_index  # (B,H,W)
         self.true_class = target.long().masked_fill(~self.labelled, 0)

@@ -106,16 +106,21 @@ def test_summary_of_runs(monkeypatch, capsys, tmp_path):
             run(summarise_runs, monkeypatch, capsys, bad)
 
 
-def line(setting, seed, val, test, steps=9):
-    return {"setting": setting, "seed": seed, "steps": steps, "val": {"mIoU": val}, "test": {"mIoU": test}}
+def line(setting, seed, val, test, steps=9, weights="resnet18.pth"):
+    kind = {"steps": steps, "protocol": "--whole", "weights": weights}
+    return {"setting": setting, "seed": seed, **kind, "val": {"mIoU": val}, "test": {"mIoU": test}}
 
 
 def test_summary_of_a_study(monkeypatch, capsys, tmp_path):
-    """The interval is scipy's of a paired test; other lengths and seeds without a partner do not enter it."""
+    """The interval is scipy's of a paired test; other kinds and seeds without a partner do not enter it."""
     base, ours = (0.50, 0.54, 0.51), (0.53, 0.55, 0.57)
     lines = [line("r0", seed, 0.6, score) for seed, score in enumerate(base)]
     lines += [line("r2", seed, 0.6, score) for seed, score in enumerate((*ours, 0.9))]
-    lines += [line("fcn", 0, 0.6, 0.5), line("r2", 0, 0.1, 0.1, steps=5)]
+    lines += [
+        line("fcn", 0, 0.6, 0.5),
+        line("r2", 0, 0.1, 0.1, steps=5),
+        line("r2", 0, 0.1, 0.1, weights="x"),
+    ]
     (tmp_path / "study.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
     out = run(summarise_runs, monkeypatch, capsys, tmp_path / "study.jsonl", "--plot", tmp_path / "x.png")
     interval = ttest_rel(ours, base).confidence_interval(0.95)
@@ -123,6 +128,9 @@ def test_summary_of_a_study(monkeypatch, capsys, tmp_path):
     assert f"| r2 | 4 | 60.00 ± 0.00 | 63.75 ± 17.58 | +0.00 ± 0.00 | +3.33 ± {half:.2f} |" in out
     assert "| fcn | 1 | 60.00 | 50.00 | - | - |" in out
     assert (tmp_path / "x.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        run(summarise_runs, monkeypatch, capsys, tmp_path / "study.jsonl", "--base", "r9")
+    assert "--base r9: expected one of r0, r2, fcn" in capsys.readouterr().err
     (tmp_path / "bad.jsonl").write_text("{}\n")
     with pytest.raises(SystemExit, match="not the lines of"):
         run(summarise_runs, monkeypatch, capsys, tmp_path / "bad.jsonl")

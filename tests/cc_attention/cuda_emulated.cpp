@@ -29,8 +29,8 @@ void run_backward(const Shape& shape, const Plan& plan, const void* const* in, v
   const auto input = [&](int n) { return static_cast<const T*>(in[n]); };
   const auto output = [&](int n) { return static_cast<T*>(out[n]); };
   backward(
-      shape, plan.tile, input(0), input(1), input(2), input(3), input(4), static_cast<const Wide<T>*>(in[5]), delta.data(),
-      output(0), output(1), output(2),
+      shape, plan.tile, input(0), input(1), input(2), input(3), input(4), static_cast<const Wide<T>*>(in[5]),
+      delta.data(), output(0), output(1), output(2),
       [](const Delta<T>& task, Index blocks) {
         const emulator::Dim3 grid{static_cast<unsigned>(blocks), 1, 1};
         emulator::launch(grid, Delta<T>::THREADS, 0, [&] { delta_kernel(task); });
