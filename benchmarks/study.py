@@ -3,7 +3,7 @@
 python benchmarks/study.py --data-dir camvid --weights resnet18.pth --settings r0,r2 --seeds 1,2,3 --steps 480
 
 The settings change the recipe "camvid", whose frames have half CamVid's size, with ``--full-size`` all of it.
-They take batches of two where their names say nothing else: there are many runs to do. A run whose line is in
+They take batches of two, or of six where their names end so: there are many runs to do. A run whose line is in
 the file is not repeated and one that was interrupted goes on from its checkpoint, so the same command does
 what is left. ``benchmarks/summarise_runs.py`` makes the table.
 """
@@ -44,12 +44,11 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "nonlocal": ("--model", "nonlocal"),
     "r2_ccl": ("--recurrence", "2", "--ccl"),
     "r2_ohem": ("--recurrence", "2", "--ohem", "1", "--ohem-keep", "20000"),
-    # A clip is a sample: a step sees three times the frames of the others, as one of six images does.
+    # A clip is a sample: a step sees three times the frames of the others.
     "t3_r2": ("--recurrence", "2", "--clip", "3"),
     "t3_r3": ("--recurrence", "3", "--clip", "3"),
-    "r0_batch6": ("--recurrence", "0", "--batch-size", "6"),
-    "r2_batch6": ("--recurrence", "2", "--batch-size", "6"),
 }
+SETTINGS |= {f"{name}_batch6": (*flags, "--batch-size", "6") for name, flags in SETTINGS.items()}
 # Of frames and crops of CamVid's own size, where the recipe halves both.
 FULL_SIZE = ("--input-size", "360,480", "--short-sides", "300,330,360,400,440,480")
 
@@ -154,7 +153,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     }
     weights = load_checkpoint(find_checkpoint(folder))["model"]
     gammas = [value.item() for name, value in weights.items() if name.endswith(".gamma")]
-    if gammas and name != "r0":
+    if gammas and not name.startswith("r0"):
         line["gamma"] = gammas[0]  # how much of the attention the network adds
     for split in ("val", "test"):
         out = folder / split
