@@ -3,7 +3,7 @@
 python benchmarks/study.py --data-dir camvid --weights resnet18.pth --settings r0,r2 --seeds 1,2,3 --steps 480
 
 The settings change the recipe "camvid", whose frames have half CamVid's size, with ``--full-size`` all of it.
-They take batches of two, or of six where their names end so: there are many runs to do. A run whose line is in
+They take batches of two, or of six where their names end so: there are many. A run whose line is in
 the file is not repeated and one that was interrupted goes on from its checkpoint, so the same command does
 what is left. ``benchmarks/summarise_runs.py`` makes the table.
 """
