@@ -2,10 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from instances.errors import InstancesError, require
 
 Target = dict[str, Tensor]
+Item = TypeVar("Item")
 LARGEST_CATEGORY = 9999
 
 
@@ -98,8 +99,10 @@ def check_schema(contents: Any, file: Path) -> None:
     """
     for name in ("images", "annotations", "categories"):
         entries = contents.get(name) if isinstance(contents, dict) else None
-        if not isinstance(entries, list) or (not entries and name != "annotations"):
+        if not isinstance(entries, list):
             raise CocoError(f"{file}: not COCO's instance annotations, it has no list {name!r}")
+        if not entries and name != "annotations":
+            raise CocoError(f"{file}: its list {name!r} is empty")
     fields: dict[str, dict[str, Any]] = {
         "images": {"id": int, "file_name": str, "height": int, "width": int},
         "categories": {"id": int, "name": str},
@@ -118,6 +121,10 @@ def check_schema(contents: Any, file: Path) -> None:
     for name, entries in ((name, contents[name]) for name in fields):
         if len({entry["id"] for entry in entries}) < len(entries):
             raise CocoError(f"{file}: ids of {name!r} are not unique")
+    for entry in contents["images"]:
+        if min(entry["height"], entry["width"]) < 1:
+            size = f"{entry['height']}x{entry['width']}"
+            raise CocoError(f"{file}: image {entry['id']} has the size {size} (height x width)")
     for entry in contents["categories"]:
         if not 1 <= entry["id"] <= LARGEST_CATEGORY:
             raise CocoError(
@@ -142,7 +149,7 @@ def _distribute_annotations(data: CocoSplit) -> None:
         box = entry["bbox"]
         if len(box) != 4 or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in box):
             raise CocoError(f"{where}: bbox must be four numbers x, y, width, height; got {box}")
-        _check_segmentation(entry["segmentation"], where)
+        _check_segmentation(entry["segmentation"], data.images[index], where)
         if entry.get("iscrowd"):
             crowds += 1
             continue
@@ -165,15 +172,30 @@ def _distribute_annotations(data: CocoSplit) -> None:
         data.notes.append(f"{empty} images without objects are trained as background")
 
 
-def _check_segmentation(segmentation: Any, where: str) -> None:
+def _check_segmentation(segmentation: Any, image: dict[str, Any], where: str) -> None:
     """Polygons or run lengths; pycocotools takes a polygon of four numbers for a box."""
     if isinstance(segmentation, dict):
         if not {"counts", "size"} <= segmentation.keys():
             raise CocoError(f"{where}: run lengths need 'counts' and 'size'; got {sorted(segmentation)}")
+        size, counts = [image["height"], image["width"]], segmentation["counts"]
+        if segmentation["size"] != size:
+            raise CocoError(f"{where}: run lengths of the size {segmentation['size']}, its image has {size}")
+        if isinstance(counts, list):
+            if not all(isinstance(x, int) and x >= 0 for x in counts) or sum(counts) != size[0] * size[1]:
+                raise CocoError(f"{where}: run lengths must add up to the image's {size[0] * size[1]} pixels")
+        elif not isinstance(counts, str):
+            raise CocoError(f"{where}: run lengths are a list or a string; got {counts!r}")
         return
     lengths = [len(polygon) if isinstance(polygon, list) else 0 for polygon in segmentation]
     if not lengths or any(length < 6 or length % 2 for length in lengths):
         raise CocoError(f"{where}: polygons need three or more points x, y; got {lengths} numbers")
+    for polygon in segmentation:
+        try:
+            is_finite = all(map(math.isfinite, polygon))
+        except TypeError:
+            is_finite = False
+        if not is_finite:
+            raise CocoError(f"{where}: polygons must be finite numbers; got {polygon}")
 
 
 def clip_box(box: list[float], image: dict[str, Any]) -> tuple[float, float, float, float]:
@@ -187,14 +209,21 @@ def clip_box(box: list[float], image: dict[str, Any]) -> tuple[float, float, flo
     )
 
 
-def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Polygons or run lengths as a mask (H,W) uint8 of 0 and 1."""
-    mask_utils = require("pycocotools.mask")
+def decode_mask(entry: dict[str, Any], height: int, width: int) -> np.ndarray:
+    """The segmentation of an annotation or a detection as a mask (H,W) uint8 of 0 and 1.
+
+    Raises:
+        CocoError: run lengths that cannot be decoded.
+    """
+    mask_utils, segmentation = require("pycocotools.mask"), entry["segmentation"]
     if isinstance(segmentation, list):
         segmentation = mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation["counts"], list):
         segmentation = mask_utils.frPyObjects(segmentation, height, width)
-    return mask_utils.decode(segmentation)
+    try:
+        return mask_utils.decode(segmentation)
+    except ValueError:
+        raise CocoError(f"annotation {entry.get('id')}: its run lengths cannot be decoded") from None
 
 
 def read_image(data: CocoSplit, index: int) -> np.ndarray:
@@ -228,7 +257,7 @@ class TrainDataset(Dataset[tuple[Tensor, Target]]):
         image, entries = read_image(self.data, index), self.data.annotations[index]
         height, width = image.shape[:2]
         boxes = np.array([clip_box(e["bbox"], self.data.images[index]) for e in entries], np.float32)
-        masks = [decode_mask(entry["segmentation"], height, width) for entry in entries]
+        masks = [decode_mask(entry, height, width) for entry in entries]
         stacked = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
         boxes = boxes.reshape(-1, 4)
         if mirrored:
@@ -258,6 +287,14 @@ class EvaluationDataset(Dataset[tuple[int, Tensor]]):
 def to_tensor(image: np.ndarray) -> Tensor:
     """(H,W,3) uint8 → (3,H,W) float32 in 0..1."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div(255)
+
+
+def read_by_workers(loader: Iterable[Item]) -> Iterator[Item]:
+    """What a DataLoader yields; a worker's CocoError comes without PyTorch's traceback around it."""
+    try:
+        yield from loader
+    except CocoError as error:
+        raise CocoError(str(error).strip().splitlines()[-1].split("CocoError: ")[-1]) from None
 
 
 @dataclass

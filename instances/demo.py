@@ -11,6 +11,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from instances.errors import run_script
+
 CATEGORIES = {1: "disc", 2: "square", 4: "triangle"}  # ids with a gap, as COCO's
 CORNERS = {1: 24, 2: 4, 4: 3}
 
@@ -87,6 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--val", type=int, default=12, help="images in val2017 (default: 12)")
     parser.add_argument("--size", type=int, nargs=2, default=(144, 192), metavar=("H", "W"))
     args = parser.parse_args(argv)
+    if min(args.size) < 32 or min(args.train, args.val) < 1:
+        parser.error("--size must be at least 32 32, --train and --val at least 1")
     for seed, (split, count) in enumerate((("train2017", args.train), ("val2017", args.val))):
         height, width = args.size
         write_split(args.folder, split, count, height, width, seed)
@@ -94,4 +98,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script("instances.demo", main)

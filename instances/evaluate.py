@@ -14,7 +14,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from instances.coco import CocoError, CocoSplit, EvaluationDataset, decode_mask, read_image, read_split
+from instances.coco import (
+    CocoError,
+    CocoSplit,
+    EvaluationDataset,
+    decode_mask,
+    read_by_workers,
+    read_image,
+    read_split,
+)
 from instances.errors import InstancesError, UsageError, require, run_script
 from instances.model import load_model
 from instances.pictures import draw_instances
@@ -64,7 +72,8 @@ def detect(model: nn.Module, data: CocoSplit, indices: list[int], device: torch.
     mask_utils = require("pycocotools.mask")
     loader = DataLoader(EvaluationDataset(data, indices), batch_size=None, num_workers=workers)
     found = []
-    for index, image in tqdm(loader, unit="image", disable=not show_progress):
+    images = read_by_workers(loader)
+    for index, image in tqdm(images, total=len(loader), unit="image", disable=not show_progress):
         output = {name: x.cpu() for name, x in model([image.to(device)])[0].items()}
         boxes = output["boxes"].double().numpy()
         boxes[:, 2:] -= boxes[:, :2]
@@ -138,18 +147,20 @@ def write_pictures(
         image = read_image(data, index)
         panels = [image]
         for entries in (data.annotations[index], by_image.get(data.images[index]["id"], [])):
-            masks = [decode_mask(entry["segmentation"], *image.shape[:2]) for entry in entries]
+            masks = [decode_mask(entry, *image.shape[:2]) for entry in entries]
             names = [caption(data, entry) for entry in entries]
             panels.append(draw_instances(image, masks, names))
         gap = np.full((image.shape[0], 8, 3), 255, np.uint8)
         row = np.concatenate([panels[0], gap, panels[1], gap, panels[2]], axis=1)
-        path = folder / f"{data.path(index).stem}.jpg"
+        parts = Path(data.images[index]["file_name"]).with_suffix(".jpg").parts
+        path = folder / "_".join(parts)  # files of one name in two folders are two pictures
         if not cv2.imwrite(str(path), cv2.cvtColor(row, cv2.COLOR_RGB2BGR)):
             raise CocoError(f"{path}: cannot be written")
 
 
 def caption(data: CocoSplit, entry: dict[str, Any]) -> str:
-    name = data.categories[entry["category_id"]]
+    label = entry["category_id"]  # a network may also find what the file has no name for
+    name = data.categories.get(label, f"category {label}")
     return f"{name} {entry['score']:.2f}" if "score" in entry else name
 
 

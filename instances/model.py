@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cc_attention import CrissCrossAttention
-from instances.errors import InstancesError, require
+from instances.errors import UsageError, require
 from utils.checkpoint import CheckpointError, load_checkpoint
 
 BACKBONES = {"resnet18": 256, "resnet50": 1024, "resnet101": 1024}  # channels of the third stage
@@ -168,6 +168,17 @@ def build_model(config: MaskRCNNConfig, score_threshold: float = 0.05) -> Any:
     )
 
 
+def norm_eps_of(path: Path | None) -> float:
+    """The epsilon that the normalisation of a file's weights was trained with; None: of random weights."""
+    if path is None:
+        return 1e-5
+    contents = load_checkpoint(path)
+    if isinstance(contents.get("config"), dict):
+        return contents["config"].get("norm_eps", 1e-5)
+    # torchvision's released detectors, known by names that are older than its present ones, had none.
+    return 0.0 if "rpn.head.conv.weight" in contents else 1e-5
+
+
 def start_from(model: Any, path: Path, new_predictors: bool = False) -> str:
     """Load weights to start from; what they lack of the attention layer keeps its initial values.
 
@@ -207,6 +218,7 @@ def load_model(path: Path, score_threshold: float = 0.05, **changes: Any) -> tup
 
     Raises:
         CheckpointError: not a checkpoint of ``instances.train``.
+        UsageError: a change is out of its range.
     """
     contents = load_checkpoint(path)
     try:
@@ -214,7 +226,7 @@ def load_model(path: Path, score_threshold: float = 0.05, **changes: Any) -> tup
     except (KeyError, TypeError):
         raise CheckpointError(f"{path}: is not a checkpoint of instances.train") from None
     except ValueError as error:
-        raise InstancesError(str(error)) from None
+        raise UsageError(str(error)) from None
     model = build_model(config, score_threshold)
     _load(model, contents["model"], path, ())
     return model.eval(), contents

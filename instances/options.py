@@ -96,6 +96,8 @@ def complete(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"--{name.replace('_', '-')} must be at least {least}; got {getattr(args, name)}"
             )
+    if args.seed >= 2**31:  # the steps' own seeds, made from it, have 63 bits
+        raise UsageError(f"--seed must be below {2**31}; got {args.seed}")
     if args.num_steps is None:
         args.num_steps = 90000 * REFERENCE_BATCH // args.batch_size
     if args.learning_rate is None:
@@ -117,18 +119,19 @@ def complete(args: argparse.Namespace) -> None:
         args.trainable_layers = 3 if has_weights else 5
 
 
-def config_of(args: argparse.Namespace, num_classes: int) -> MaskRCNNConfig:
+def config_of(args: argparse.Namespace, num_classes: int, norm_eps: float = 1e-5) -> MaskRCNNConfig:
     """The network of a command line.
+
+    Args:
+        norm_eps: what the normalisation of its weights was trained with.
 
     Raises:
         UsageError: an option is out of its range.
     """
     names = [field.name for field in fields(MaskRCNNConfig) if hasattr(args, field.name)]
-    # torchvision's COCO detectors were trained without an epsilon in the frozen normalisation.
-    eps = 0.0 if args.weights == "coco" else 1e-5
     try:
         return MaskRCNNConfig(
-            num_classes=num_classes, norm_eps=eps, **{name: getattr(args, name) for name in names}
+            num_classes=num_classes, norm_eps=norm_eps, **{name: getattr(args, name) for name in names}
         )
     except ValueError as error:
         raise UsageError(str(error)) from None

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import cc_attention
-from instances.coco import CocoError, CocoSplit, StepBatches, TrainDataset, read_split
+from instances.coco import CocoSplit, StepBatches, TrainDataset, read_by_workers, read_split
 from instances.errors import InstancesError, UsageError, require, run_script
-from instances.model import build_model, start_from
+from instances.model import build_model, norm_eps_of, start_from
 from instances.options import PRECISIONS, config_of, parse_args
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.distributed import Process, choose_devices, process_group
@@ -85,7 +85,11 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, data: CocoSplit, process: Process) -> None:
         self.args, self.data, self.process = args, data, process
-        self.config = config_of(args, data.num_classes)
+        found = checkpoints(args.snapshot_dir) if args.resume else []
+        self.resumed = found[-1] if found else None
+        weights = fetch_weights(args) if self.resumed is None and process.is_main else None
+        self.weights: Path | None = process.all_gather_object(weights)[0]
+        self.config = config_of(args, data.num_classes, norm_eps_of(self.resumed or self.weights))
         torch.manual_seed(args.seed)
         self.model = build_model(self.config).to(process.device)
         if (
@@ -102,14 +106,11 @@ class Run:
 
     def restore(self) -> None:
         """Go on from the newest checkpoint with ``--resume``, else load the weights to start from."""
-        if self.args.resume and (found := checkpoints(self.args.snapshot_dir)):
-            self._resume(found[-1])
-            self.origin = f"{found[-1]}, step {self.step}"
-            return
-        path = fetch_weights(self.args) if self.process.is_main else None
-        path = self.process.all_gather_object(path)[0]
-        if path is not None:
-            self.origin = start_from(self.model, path, self.args.not_restore_last)
+        if self.resumed is not None:
+            self._resume(self.resumed)
+            self.origin = f"{self.resumed}, step {self.step}"
+        elif self.weights is not None:
+            self.origin = start_from(self.model, self.weights, self.args.not_restore_last)
 
     def _resume(self, path: Path) -> None:
         contents = load_checkpoint(path)
@@ -192,10 +193,7 @@ def batches_of(run: Run) -> Iterator[list[Any]]:
         worker_init_fn=_leave_signals_to_the_run,
         generator=torch.Generator().manual_seed(0),  # starting workers draws a number
     )
-    try:
-        yield from loader
-    except CocoError as error:  # from a worker the message is wrapped in its traceback, ours is the last line
-        raise CocoError(str(error).strip().splitlines()[-1].split("CocoError: ")[-1]) from None
+    return read_by_workers(loader)
 
 
 def _leave_signals_to_the_run(_: int) -> None:
@@ -292,6 +290,8 @@ def main(args: argparse.Namespace) -> None:
     for package in ("torchvision", "pycocotools.mask"):
         require(package)
     with process_group(choose_devices(args.gpu)) as process:
+        if args.amp == "fp16" and process.device.type == "cpu":
+            raise UsageError("--amp fp16 is for GPUs, where it is fast; --amp bf16 also runs on a CPU")
         data = read_split(args.data_dir, args.split)
         run = Run(args, data, process)
         run.restore()

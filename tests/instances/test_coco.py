@@ -57,6 +57,19 @@ def put(name, key, value, position=0):
         (put("annotations", "segmentation", [[1, 2, 3, 4]]), "polygons need three or more points"),
         (put("annotations", "segmentation", []), "polygons need three or more points"),
         (put("annotations", "segmentation", {"counts": [3]}), "run lengths need 'counts' and 'size'"),
+        (put("annotations", "segmentation", {"counts": "abc", "size": [30, 20]}), "its image has [48, 64]"),
+        (
+            put("annotations", "segmentation", {"counts": [5, 6], "size": [48, 64]}),
+            "add up to the image's 3072",
+        ),
+        (
+            put("annotations", "segmentation", {"counts": 5, "size": [48, 64]}),
+            "are a list or a string; got 5",
+        ),
+        (put("annotations", "segmentation", [[1, 2, 3, 4, 5, "6"]]), "polygons must be finite numbers"),
+        (put("annotations", "segmentation", [[1, 2, 3, 4, 5, math.nan]]), "polygons must be finite numbers"),
+        (lambda contents: contents.update(images=[]), "its list 'images' is empty"),
+        (put("images", "height", 0), "image 1 has the size 0x64 (height x width)"),
     ],
 )
 def test_another_schema_is_told_in_one_line(own_root, edit, message):
@@ -225,5 +238,8 @@ def test_run_lengths_are_read_as_polygons_are():
             counts.append(0)
         counts.append(len(list(group)))
     run_lengths = {"counts": counts, "size": [5, 7]}
-    np.testing.assert_array_equal(decode_mask(run_lengths, 5, 7), mask)
-    np.testing.assert_array_equal(decode_mask([[2, 1, 6, 1, 6, 4, 2, 4]], 5, 7), mask)
+    np.testing.assert_array_equal(decode_mask({"segmentation": run_lengths}, 5, 7), mask)
+    polygon = [[2, 1, 6, 1, 6, 4, 2, 4]]
+    np.testing.assert_array_equal(decode_mask({"segmentation": polygon}, 5, 7), mask)
+    with pytest.raises(CocoError, match="annotation 9: its run lengths cannot be decoded"):
+        decode_mask({"id": 9, "segmentation": {"counts": "abc", "size": [5, 7]}}, 5, 7)

@@ -1,10 +1,19 @@
 """The network beside torchvision's own: names, weights that load, and that it starts as the plain one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from instances.errors import InstancesError
-from instances.model import ATTENTION_PREFIX, MaskRCNNConfig, build_model, load_model, start_from
+from instances.errors import UsageError
+from instances.model import (
+    ATTENTION_PREFIX,
+    MaskRCNNConfig,
+    build_model,
+    load_model,
+    norm_eps_of,
+    start_from,
+)
 from utils.checkpoint import CheckpointError
 
 try:
@@ -92,6 +101,16 @@ def test_the_released_files_older_names_load(plain, tmp_path):
         assert torch.equal(value, plain.state_dict()[name]), name
 
 
+def test_the_epsilon_of_the_normalisation_is_that_of_the_weights(plain, tmp_path):
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    torch.save({"rpn.head.conv.weight": torch.zeros(1)}, tmp_path / "released.pth")
+    config = replace(PLAIN, norm_eps=0.0).to_dict()
+    torch.save({"config": config, "model": plain.state_dict()}, tmp_path / "ours.pth")
+    names = {"plain.pth": 1e-5, "released.pth": 0.0, "ours.pth": 0.0}
+    assert {name: norm_eps_of(tmp_path / name) for name in names} == names
+    assert norm_eps_of(None) == 1e-5
+
+
 def test_an_imagenet_resnet_becomes_the_backbone(tmp_path):
     resnet = torchvision.models.resnet18()
     torch.save(resnet.state_dict(), tmp_path / "resnet.pth")
@@ -141,7 +160,7 @@ def test_only_checkpoints_of_the_training_are_evaluated(plain, tmp_path):
     with pytest.raises(CheckpointError, match=r"is not a checkpoint of instances\.train"):
         load_model(tmp_path / "plain.pth")
     torch.save({"config": PLAIN.to_dict(), "model": plain.state_dict()}, tmp_path / "ours.pth")
-    with pytest.raises(InstancesError, match="min_size must be at least 32; got 5"):
+    with pytest.raises(UsageError, match="min_size must be at least 32; got 5"):
         load_model(tmp_path / "ours.pth", min_size=5)
     model, _ = load_model(tmp_path / "ours.pth", min_size=48)
     assert not model.training

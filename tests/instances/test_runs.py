@@ -126,12 +126,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(shapes_root, tmp_path):
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_broken_image_is_named_from_workers_too(own_root, tmp_path, workers):
+def test_a_broken_image_is_named_from_workers_too(trained, own_root, tmp_path, workers):
     root, _ = own_root
     for path in (root / "train2017").iterdir():
         path.write_bytes(b"broken")
     with pytest.raises(CocoError, match=r"^/.*\.png: cannot be read as an image$"):
         run_train(root, tmp_path / "run", "--num-workers", workers)
+    with pytest.raises(CocoError, match=r"^/.*\.png: cannot be read as an image$"):
+        run_evaluate(root, trained, tmp_path, "--split", "train2017", "--num-workers", workers)
 
 
 def almost_right(contents, seed=0):
@@ -253,6 +255,26 @@ def test_evaluation_wants_a_checkpoint_and_the_same_categories(trained, own_root
     change(rename)
     with pytest.raises(CocoError, match=r"category 2 is 'cube', for .* it is 'square'"):
         run_evaluate(root, trained, tmp_path / "out", "--split", "train2017")
+
+
+def test_pictures_name_what_the_data_lists_and_number_the_rest(trained, own_root, tmp_path):
+    root, change = own_root
+
+    def keep_discs_in_folders(contents):
+        contents["categories"] = contents["categories"][:1]
+        contents["annotations"] = [x for x in contents["annotations"] if x["category_id"] == 1]
+        for index, image in enumerate(contents["images"]):
+            path = root / "train2017" / f"part{index}" / "street.png"
+            path.parent.mkdir()
+            (root / "train2017" / image["file_name"]).rename(path)
+            image["file_name"] = f"part{index}/street.png"
+
+    change(keep_discs_in_folders)
+    run_evaluate(root, trained, tmp_path / "out", "--split", "train2017", "--score", "0")
+    found = json.loads((tmp_path / "out/detections_bbox.json").read_text())
+    assert {entry["category_id"] for entry in found} - {1}
+    pictures = sorted(path.name for path in (tmp_path / "out/pictures").iterdir())
+    assert pictures == ["part0_street.jpg", "part1_street.jpg", "part2_street.jpg"]
 
 
 def torchrun(module, *options):

@@ -53,6 +53,7 @@ def test_options_that_follow_from_others(options, expected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--seed", str(2**31)), "--seed must be below 2147483648; got 2147483648"),
         (("--batch-size", "0"), "--batch-size must be at least 1; got 0"),
         (("--num-steps", "0"), "--num-steps must be above 0; got 0"),
         (("--learning-rate", "nan"), "--learning-rate must be above 0; got nan"),
