@@ -61,8 +61,8 @@ class Kernels:
         """Load the binary, whose kernels register themselves; PyTorch must have been imported.
 
         Returns:
-            None, or in a few words why there are no compiled kernels. If there is a binary that cannot be
-            used, or the environment variable has an unknown value, a line on stderr says so too.
+            None, or in a few words why there are no compiled kernels. If there is a binary that is not used,
+            for another reason than that the environment variable is "none", a line on stderr says so too.
         """
         self._why_not_loaded = self._load()
         if self._why_not_loaded not in (None, f"{self.variable}=none") and self.binary.exists():

@@ -28,7 +28,7 @@ for _name, _kernel in (
 ):
     torch.library.impl(f"cc_attention::{_name}", "CompositeExplicitAutograd", _kernel)
 # Compiled kernels register under the same schemas for their device and take precedence there.
-_WHY_NOT_NATIVE = native.load()
+native.load()
 
 
 @torch.library.register_fake("cc_attention::criss_cross_attention")
@@ -114,16 +114,19 @@ def _constant_in_a_graph(function: Callable[[], bool]) -> Callable[[], bool]:
     return function
 
 
-@_constant_in_a_graph
 def _formula_needed() -> bool:
     """Whether the call is one that only plain PyTorch operations can serve.
 
     Function transforms (torch.func) and forward-mode derivatives pass by the registered gradient, and the
     latter would silently be zero; ONNX has no such operator.
     """
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return transformed or forward_mode or torch.onnx.is_in_onnx_export()
+    # A graph that was traced without forward mode is not used within it: the compiler sees this comparison.
+    return torch.autograd.forward_ad._current_level >= 0 or _is_transformed_or_exported()
+
+
+@_constant_in_a_graph
+def _is_transformed_or_exported() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.onnx.is_in_onnx_export()
 
 
 @_constant_in_a_graph
@@ -159,12 +162,7 @@ def backend() -> str:
 
 def implementation(device_type: str) -> str:
     """What ``backend`` says of one device, "cpu" or "cuda"."""
-    if device_type == "cuda" and not torch.cuda.is_available():
-        return "no GPU visible to PyTorch"
-    name, key = "cc_attention::criss_cross_attention", device_type.upper()
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
-        return f"PyTorch path ({_WHY_NOT_NATIVE or 'the compiled kernels were built without CUDA'})"
-    return f"C++, {native.instruction_set()}" if device_type == "cpu" else "CUDA kernels"
+    return native.KERNELS.implementation("cc_attention::criss_cross_attention", device_type)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

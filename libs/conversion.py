@@ -31,6 +31,8 @@ def to_batch_norm(layer: ABN) -> nn.Module:
     if layer.weight is not None:
         state["weight"] = layer.weight.detach().abs() + layer.eps
     norm.load_state_dict(state)
+    for name, parameter in norm.named_parameters():
+        parameter.requires_grad_(getattr(layer, name).requires_grad)
     norm.train(layer.training)
     return norm if layer.activation == "identity" else nn.Sequential(norm, activation_of(layer))
 
@@ -65,6 +67,7 @@ def fold(conv: nn.Conv2d, layer: ABN) -> nn.Conv2d:
         conv.padding,  # type: ignore[arg-type]
         conv.dilation,  # type: ignore[arg-type]
         conv.groups,
+        padding_mode=conv.padding_mode,
     )
     folded.weight = parameter(conv.weight * factor.view(-1, 1, 1, 1))
     folded.bias = parameter(offset if conv.bias is None else conv.bias * factor + offset)

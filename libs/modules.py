@@ -110,7 +110,7 @@ class InPlaceABN(ABN):
 
     Raises (in ``forward``):
         ValueError: a wrong number of channels or dimensions, a single value per channel in training, or
-            memory that cannot be overwritten (neither contiguous nor channels-last).
+            memory that cannot be overwritten (neither contiguous nor channels-last, or a leaf's).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -133,8 +133,13 @@ class InPlaceABN(ABN):
     def relu(self, x: Tensor, shortcut: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z = self(x), in x's memory, and relu(z + shortcut): see ``norm_relu``."""
         sync_group = self.sync_group() if self.training else None
+        if self._computes_as_abn(sync_group, x, shortcut):
+            return _norm_relu(self, x, shortcut)
+        if shortcut is not None and _share_memory(x, shortcut):
+            shortcut = shortcut.clone()  # of what x holds before it is overwritten
         fits = shortcut is None or (shortcut.shape == x.shape and shortcut.dtype == x.dtype)
-        if self._computes_as_abn(sync_group, x, shortcut) or self.activation != "identity" or not fits:
+        # Autograd lets no function that returns several tensors change a view.
+        if self.activation != "identity" or not fits or x._is_view():
             return _norm_relu(self, x, shortcut)
         self._check(x, alone=sync_group is None)
         if x.numel() == 0:
@@ -187,7 +192,9 @@ class InPlaceABN(ABN):
             return imprecise_channels(weight, bias, self.eps, self.activation)
         # This waits for the GPU: once for each state of the parameters, and never while a graph is captured.
         # A replica's are copies, new ones in each pass, perhaps in the same memory.
-        state = (x.device, weight.data_ptr(), weight._version, bias._version)
+        # Changes through ``.data`` are not seen.
+        versions = (weight._version, bias._version)
+        state = (x.device, weight.data_ptr(), bias.data_ptr(), *versions)
         is_new = self._imprecise[0] != state or not isinstance(weight, nn.Parameter)
         if is_new and not torch.cuda.is_current_stream_capturing():
             self._imprecise = state, imprecise_channels(weight, bias, self.eps, self.activation)
@@ -204,6 +211,15 @@ class InPlaceABN(ABN):
                 f"{name} overwrites its input, which must be contiguous or channels-last; "
                 f"got shape {shape} with strides {x.stride()}"
             )
+        if torch.is_grad_enabled() and x.is_leaf and x.requires_grad:
+            raise ValueError(
+                f"{name} overwrites its input, which must not be a leaf that requires a gradient; "
+                "give it x.clone(), or use ABN"
+            )
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def _has_tangent(x: Tensor | None) -> bool:

@@ -21,7 +21,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
     for module in list(folded.modules()):
         for conv_name, norm_name in norm_pairs(module):
             conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
-            if not (type(conv) is nn.Conv2d and isinstance(norm, ABN) and conv.padding_mode == "zeros"):
+            if not (type(conv) is nn.Conv2d and isinstance(norm, ABN)):
                 continue
             # A layer that has another place in the network too does not belong to this pair alone.
             if uses.count(id(conv)) == uses.count(id(norm)) == 1:

@@ -20,6 +20,7 @@ def use_reference_names(module: nn.Module) -> None:
     """
     module.register_state_dict_post_hook(_to_reference)
     module.register_load_state_dict_pre_hook(_from_reference)
+    module.register_load_state_dict_post_hook(_report_reference)
 
 
 def reference_name(module: nn.Module, name: str) -> str:
@@ -60,6 +61,18 @@ def _from_reference(module: nn.Module, state: dict[str, Tensor], prefix: str, *_
     for name in [name for name in state if name.startswith(prefix)]:
         value = state.pop(name)
         state[prefix + _own_name(module, name[len(prefix) :])] = value
+
+
+def _report_reference(module: nn.Module, incompatible: Any) -> None:
+    """What is missing or unexpected, by the names that the state dict has."""
+    renamed = [(path, x) for path, x in module.named_modules() if hasattr(x, "state_names")]
+    for names in (incompatible.missing_keys, incompatible.unexpected_keys):
+        for path, part in reversed(renamed):  # the innermost first, as they were stored
+            prefix = f"{path}." if path else ""
+            names[:] = [
+                prefix + reference_name(part, name[len(prefix) :]) if name.startswith(prefix) else name
+                for name in names
+            ]
 
 
 # torchvision's normalisation of an image in 0..1, RGB

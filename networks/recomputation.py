@@ -20,8 +20,9 @@ def recompute_in_backward(tensor: Tensor, compute: Callable[[], Tensor]) -> Iter
 
     Once for all of them: it stays from its first use in the backward pass to its last.
     """
-    is_compiling = torch.compiler.is_compiling()  # a compiler plans memory by itself
-    saved_anyway = is_compiling or not torch.is_grad_enabled()
+    # A compiler plans memory by itself; within torch.func's transforms tensors have no address.
+    is_transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    saved_anyway = is_transformed or not torch.is_grad_enabled()
     if saved_anyway or getattr(_thread, "in_checkpointed", False):
         yield
         return

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -212,9 +213,13 @@ def test_doctor_finds_a_wrong_implementation(monkeypatch, capsys):
     assert "WRONG" in capsys.readouterr().out
 
 
-def test_doctor_finds_nan(monkeypatch, capsys):
-    monkeypatch.setattr(checkup, "criss_cross_attention", lambda q, k, v: (q.sum() + k.sum() + v) * torch.nan)
-    assert checkup.DOCTOR.run([]) == 1
+@pytest.mark.parametrize("result", range(4))
+def test_doctor_finds_a_result_that_is_nan(result, monkeypatch, capsys):
+    results, expected, allowed = checkup.compare("cpu", torch.float32)
+    results[result] = results[result] * torch.nan
+    one = replace(checkup.DOCTOR, compare=lambda device, dtype: (results, expected, allowed))
+    assert one.run([]) == 1
+    assert "WRONG" in capsys.readouterr().out
 
 
 @both_doctors

@@ -146,6 +146,15 @@ def test_energies_far_beyond_the_range_of_exp():
     assert all(x.isfinite().all() for x in (out, *(x.grad for x in single)))
 
 
+@pytest.mark.parametrize("sizes", [(9, 11), (3, 5, 6)])
+@pytest.mark.parametrize("energy", [1e2, 1e4])
+def test_weights_sum_to_1_however_large_the_energies(energy, sizes):
+    query, key, value = inputs((2, 3, 4, *sizes), torch.float32)
+    query[:, 0] = key[:, 0] = energy**0.5
+    out = criss_cross_attention(query, key, torch.ones_like(value))
+    torch.testing.assert_close(out, torch.ones_like(value), rtol=0, atol=1e-6)
+
+
 SPOILED = {  # what becomes -inf
     "one query": lambda q, k: [q[0, 0, ..., 0, 0]],
     "a row of keys": lambda q, k: [k[0, 0, ..., 1, :]],
@@ -198,6 +207,35 @@ def test_half_types_lose_no_more_than_their_rounding(dtype, sizes):
         assert got.dtype == dtype
         allowed = 2 * (other.double() - want).abs().max() + torch.finfo(dtype).eps * want.abs().max()
         assert (got.double() - want).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("sizes", [(9, 11), (3, 5, 6)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_types_gradients_see_the_rounded_output(dtype, sizes):
+    """δ = grad · out (docs/op.md). Keys and values far from zero show how much its rounding counts.
+
+    With δ off by r, dquery is off by -r Σ P key and dkey by -Pᵀ (r query); the formula has no such error.
+    """
+    query, key, value = inputs((2, 8, 16, *sizes), dtype)
+    leaves = [query.requires_grad_(), (key + 8).requires_grad_(), (value + 8).requires_grad_()]
+    grad = torch.randn(2, 16, *sizes, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+
+    def gradients(function, xs):
+        return torch.autograd.grad(function(*xs), xs[:2], grad.to(xs[0].dtype))
+
+    out = reference.criss_cross_attention(*exact)
+    off = (grad.double() * (out.to(dtype).double() - out)).sum(1, keepdim=True)
+    keys = exact[1].detach().requires_grad_()
+    mean_of_keys = reference.criss_cross_attention(*exact[:2], keys)
+    shifts = off * mean_of_keys, torch.autograd.grad(mean_of_keys, keys, off * exact[0])[0]
+    wanted = gradients(reference.criss_cross_attention, exact)
+    by_reference = gradients(reference.criss_cross_attention, leaves)
+    ours = gradients(criss_cross_attention, leaves)
+    for got, other, want, shift in zip(ours, by_reference, wanted, shifts, strict=True):
+        assert shift.abs().max() > torch.finfo(dtype).eps * want.abs().max()
+        allowed = 2 * (other.double() - want).abs().max() + torch.finfo(dtype).eps * want.abs().max()
+        assert (got.double() - (want - shift)).abs().max() <= allowed
 
 
 def test_attention_weights_layout():

@@ -73,6 +73,17 @@ def test_dual_tensors_carry_their_tangent(requires_grad):
     torch.testing.assert_close(tangent, torch.ones_like(value))
 
 
+def test_a_compiled_function_carries_a_tangent_that_it_was_not_traced_with():
+    torch._dynamo.reset()
+    query, key, value = inputs(SHAPES[0])
+    compiled = torch.compile(criss_cross_attention, fullgraph=True, backend="aot_eager")
+    compiled(query, key, value)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(value, torch.ones_like(value))
+        tangent = forward_ad.unpack_dual(compiled(query, key, dual)).tangent
+    torch.testing.assert_close(tangent, torch.ones_like(value))
+
+
 def test_a_gradient_carries_the_tangent_of_what_it_is_given():
     query, key, value = inputs(SHAPES[0], requires_grad=True)
     out = criss_cross_attention(query, key, value)

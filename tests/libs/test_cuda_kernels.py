@@ -249,6 +249,13 @@ def test_variance_where_the_mean_is_large(emulated, channels_last, outlier, boun
     assert ((got.double() - exact) / exact).abs().max() <= bound
 
 
+def test_variance_where_the_square_of_the_mean_overflows(emulated):
+    case = ((2, 4, 32, 64), False, 32, 1)
+    x = 3e19 * (1 + 1e-3 * torch.randn(case[0], generator=torch.Generator().manual_seed(0)))
+    got = call(emulated, case, "statistics", "identity", x, [x], [*empty_vectors(x, 9), None, None])[0]
+    torch.testing.assert_close(got.double(), ops.statistics(x.double(), None, None, 0.0), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_that_elu_has_made_flat(emulated, dtype):
     """There z is not known, but finite: the gradient is what PyTorch's function makes of it."""

@@ -99,6 +99,18 @@ def test_autograd_notices_changes_and_misuse():
         (x.sum() + out.sum()).backward()
 
 
+@pytest.mark.parametrize("with_shortcut", [True, False])
+@pytest.mark.parametrize("own", [lambda x: x, lambda x: x.view_as(x), lambda x: x[1:]])
+def test_views_and_a_shortcut_in_the_same_memory(own, with_shortcut):
+    """relu(norm(x) + x): the norm overwrites what the addition wants."""
+    start, results = torch.randn(3, 5, 3, 4, dtype=torch.float64, requires_grad=True), []
+    for kind in (InPlaceABN, ABN):
+        x = own(start * 1)
+        out = norm_relu(layer_of(5, torch.float64, kind), x, x if with_shortcut else None)[1]
+        results.append((out, *torch.autograd.grad(out.square().sum(), start)))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize(
     "norm",
     [

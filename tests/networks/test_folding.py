@@ -67,7 +67,7 @@ def shared_convolution():
         (lambda: BasicBlock(4, 4, norm), 0),
         (lambda: Backwards(nn.Conv2d(4, 4, 1), norm(4)), 1),
         (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), norm(4)), 0),
-        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), norm(4)), 1),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), norm(4)), 0),
         (shared_convolution, 1),
     ],
 )

@@ -59,6 +59,16 @@ def test_nothing_is_special_in_inference():
     assert torch.equal(model(images)["out"], plain(images)["out"])
 
 
+def test_function_transforms_of_a_network():
+    model = build_model(backbone="resnet18", num_classes=5).double().eval()
+    x = torch.randn(1, 3, 33, 33, dtype=torch.float64, requires_grad=True)
+
+    def loss(images):
+        return model(images)["out"].square().mean()
+
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), torch.autograd.grad(loss(x), x)[0])
+
+
 class Noisy(BasicBlock):
     def branch(self, x):
         return F.dropout2d(super().branch(x), 0.5)

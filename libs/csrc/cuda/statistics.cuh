@@ -14,6 +14,10 @@ struct Moments {
   // Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
   __device__ void join(const Moments& other) {
     if (other.count == 0) return;
+    if (count == 0) {  // then nothing is squared that may be large: not even the distance to a mean of 0
+      *this = other;
+      return;
+    }
     const W total = count + other.count, share = other.count / total;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
