@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import libs
-from benchmarks.attention import HEAD_START
+from benchmarks.attention import HEAD_START, hardware
+from utils.arguments import number
 
 
 def in_parts(norm: nn.Module, x: Tensor, shortcut: Tensor | None) -> Tensor:
@@ -78,17 +79,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", default="2,256,97,97", help="B,C,H,W (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
-    parser.add_argument("--runs", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=number(int, 1), help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--runs", type=number(int, 1), default=20, help="(default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     args = parser.parse_args()
+    hardware(parser, args)
+    try:
+        shape = tuple(map(int, args.shape.split(",")))
+    except ValueError:
+        shape = ()
+    if len(shape) != 4 or min(shape) < 1:
+        parser.error(f"--shape {args.shape}: expected B,C,H,W")
     if args.threads:
         torch.set_num_threads(args.threads)
     threads = f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}; ABN on {libs.backend()}; {threads}; forward, backward")
     for dtype in (torch.float32, torch.bfloat16):
         for add in (False, True):
-            measure(tuple(map(int, args.shape.split(","))), dtype, add, args.device, args.runs)
+            measure(shape, dtype, add, args.device, args.runs)
 
 
 if __name__ == "__main__":

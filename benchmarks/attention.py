@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cc_attention import backend, chunked, criss_cross_attention
+from utils.arguments import number, size
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -168,7 +169,7 @@ def opaque_flops(name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
 
 def sizes_of(options: argparse.Namespace) -> list[int]:
     """H and W, with T before them for clips."""
-    return ([options.frames] if options.frames else []) + options.size
+    return ([options.frames] if options.frames else []) + list(options.size)
 
 
 def step(function: Function, inputs: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
@@ -311,32 +312,42 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def hardware(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """What is measured on; an error if it is not there."""
+    if options.device == "cpu":
+        return f"{torch.get_num_threads()} CPU threads"
+    if not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU is visible to PyTorch; use --device cpu")
+    return torch.cuda.get_device_name()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--channels", type=int, default=512)
-    parser.add_argument("--reduced", type=int, default=64, help="channels of query and key")
-    parser.add_argument("--size", type=lambda text: [int(part) for part in text.split(",")], default=[97, 97])
+    parser.add_argument("--batch", type=number(int, 1), default=1)
+    parser.add_argument("--channels", type=number(int, 1), default=512)
+    parser.add_argument("--reduced", type=number(int, 1), default=64, help="channels of query and key")
+    parser.add_argument("--size", type=size, default=(97, 97), metavar="H,W")
     parser.add_argument(
-        "--frames", type=int, default=0, metavar="T", help="clips of T frames; default: images"
+        "--frames",
+        type=number(int, 0),
+        default=0,
+        metavar="T",
+        help="clips of T frames; 0, the default: images",
     )
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=number(int, 1), default=15)
     parser.add_argument("--criss-cross-only", action="store_true", help="leave the slow non-local ones out")
     parser.add_argument("--json", type=Path, help="write the numbers there as well")
     parser.add_argument("--tf32", action="store_true", help="on CUDA, fp32 products may round to TF32")
     options = parser.parse_args()
     if options.tf32:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-    if options.frames < 0:
-        parser.error(f"--frames must be at least 1; got {options.frames}")
+    where = hardware(parser, options)
     results = measure(options)
     sizes = " ".join(f"{name}={n}" for name, n in zip("WHT", reversed(sizes_of(options)), strict=False))
-    on_gpu = options.device == "cuda"
-    where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
     shape = f"B={options.batch} C={options.channels} Cr={options.reduced} {sizes}"
     print(f"{shape} {options.dtype}, {where}")
     print(f"torch {torch.__version__}; {backend()}\n")

@@ -26,7 +26,7 @@ from dataset.reading import read_sample  # noqa: E402
 from evaluation import Predictor  # noqa: E402
 from evaluation.attention_page import attention_rounds  # noqa: E402
 from training.snapshots import find_checkpoint  # noqa: E402
-from utils.arguments import UsageError, run_script  # noqa: E402
+from utils.arguments import UsageError, number, run_script  # noqa: E402
 
 
 def dense(weights: Tensor) -> Tensor:
@@ -110,8 +110,12 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--restore-from", type=Path, required=True, help="checkpoint, or a folder")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--short-side", type=int, help="size of the images in pixels (default: their own)")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="take each Nth image (default: 1)")
+    parser.add_argument(
+        "--short-side", type=number(int, 1), help="size of the images in pixels (default: their own)"
+    )
+    parser.add_argument(
+        "--every", type=number(int, 1), default=1, metavar="N", help="take each Nth image (default: 1)"
+    )
     parser.add_argument("--json", type=Path, help="write the numbers there as well")
     options = parser.parse_args()
     predictor = Predictor(find_checkpoint(options.restore_from), device="cpu", amp="off", whole=True)
@@ -131,10 +135,10 @@ def main() -> None:
     }
     print(f"{len(pairs)} images; share of the image that is of a position's class: {means['image']:.3f}")
     print("R   own class   path alone   perplexity   positions reached")
-    for number, row in enumerate(
+    for rounds, row in enumerate(
         zip(*(means[name] for name in ("attention", "path", "perplexity", "reached")), strict=True), start=1
     ):
-        print("{}   {:9.3f}   {:10.3f}   {:10.0f}   {:17.3f}".format(number, *row))
+        print("{}   {:9.3f}   {:10.3f}   {:10.0f}   {:17.3f}".format(rounds, *row))
     if options.json:
         options.json.write_text(json.dumps(means, indent=1) + "\n")
 

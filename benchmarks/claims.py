@@ -27,8 +27,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.attention import Function, non_local, non_local_sdpa, opaque_flops, peak_mib, seconds
+from benchmarks.attention import (
+    Function,
+    hardware,
+    non_local,
+    non_local_sdpa,
+    opaque_flops,
+    peak_mib,
+    seconds,
+)
 from cc_attention import CrissCrossAttention, backend
+from utils.arguments import number, size
 
 CRISS_CROSS = {f"criss-cross, R={recurrence}": recurrence for recurrence in (1, 2, 3)}
 OURS, EXPLICIT, SDPA = "criss-cross, R=2", "non-local, explicit", "non-local, sdpa"
@@ -191,7 +200,7 @@ def claims(results: Results) -> list[str]:
     ratio, slower = (sdpa[f"training {unit}"] / ours[f"training {unit}"] for unit in ("MiB", "ms"))
     sentences += [
         f"{verdict(round(ratio) >= PAPER_LESS)}: {PAPER_LESS} times less memory in training than any "
-        f"non-local. Through memory-efficient attention it takes {sdpa['training MiB']:.4g} MiB, {ratio:.2f} "
+        f"non-local. Memory-efficient non-local takes {sdpa['training MiB']:.4g} MiB, {ratio:.2f} "
         f"times R=2's, at {slower:.1f} times R=2's time.",
         "Time, of which the paper makes no claim: against explicit non-local, R=2 trains "
         f"{explicit['training ms'] / ours['training ms']:.1f} times and infers "
@@ -204,39 +213,24 @@ def claims(results: Results) -> list[str]:
     return sentences
 
 
-def size(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if len(numbers) != 2 or min(numbers) < 1:
-        raise ValueError
-    return numbers
-
-
-def options_of_command_line() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--size", type=size, default=[97, 97], metavar="H,W")
+    parser.add_argument("--size", type=size, default=(97, 97), metavar="H,W")
     parser.add_argument("--channels", type=int, default=512, help="C, a multiple of 8")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds; non-local takes at most 3")
+    parser.add_argument(
+        "--rounds", type=number(int, 1), default=9, help="timed rounds; non-local takes at most 3"
+    )
     parser.add_argument("--json", type=Path, help="write the numbers there as well")
     options = parser.parse_args()
     if options.channels < 8 or options.channels % 8:
         parser.error(f"--channels must be a positive multiple of 8; got {options.channels}")
-    if options.rounds < 1:
-        parser.error(f"--rounds must be at least 1; got {options.rounds}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU is visible to PyTorch; use --device cpu")
-    return options
-
-
-def main() -> None:
-    options = options_of_command_line()
+    where = hardware(parser, options)
     results = measure(options)
     shape = (options.channels, *options.size)
-    on_gpu = options.device == "cuda"
-    where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
     print(f"Block on a {'×'.join(map(str, (1, *shape)))} map, {options.dtype}, {where}")
     print(f"torch {torch.__version__}; {backend()}")
     print(f'"paper": as published, {"×".join(map(str, (1, *PAPER_SHAPE)))}\n')

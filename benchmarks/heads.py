@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.attention import peak_mib, seconds
+from benchmarks.attention import hardware, peak_mib, seconds
 from networks import Head, build_model
+from utils.arguments import number
 
 CHANNELS = 2048  # of ResNet-101's last stage
 # Extra GFLOPs and MB at 512×97×97 (paper, table 5), mIoU on Cityscapes val with ResNet-101 (paper, table 2).
@@ -55,8 +56,8 @@ def gflops(name: str, size: int) -> float:
 
 
 def train(head: Head, x: Tensor) -> None:
-    head.zero_grad(set_to_none=True)
     head(x)["out"].square().mean().backward()
+    head.zero_grad()  # so that they count as this step's memory, not as there before the next
 
 
 def infer(head: Head, x: Tensor) -> None:
@@ -73,7 +74,6 @@ def row(name: str, size: int, device: torch.device) -> list[str]:
     x = torch.randn(1, CHANNELS, size, size, device=device).to(memory_format=torch.channels_last)
     step = partial(train, head, x.requires_grad_())
     figures = [f"{peak_mib(step, device):.0f}", f"{seconds(step, device):.3f}"]
-    head.zero_grad(set_to_none=True)
     step = partial(infer, head.eval(), x.detach())
     figures += [f"{peak_mib(step, device):.0f}", f"{seconds(step, device):.3f}"]
     parameters = sum(x.numel() for x in head.parameters()) / 1e6
@@ -82,10 +82,11 @@ def row(name: str, size: int, device: torch.device) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--size", type=int, default=97, help="height and width of the features")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--size", type=number(int, 1), default=97, help="height and width of the features")
     parser.add_argument("--heads", nargs="+", choices=PAPER, default=list(PAPER), help="which heads")
     args = parser.parse_args()
+    hardware(parser, args)
     columns = ("head", "parameters", "GFLOPs", "train MiB", "train s", "infer MiB", "infer s")
     print("| " + " | ".join((*columns, "paper: GFLOPs", "paper: MB", "paper: mIoU")) + " |")
     print("|" + "---|" * (len(columns) + 3))

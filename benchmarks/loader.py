@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset import DataError, TrainTransform, find_dataset, list_samples
 from dataset.demo import generate
 from dataset.reading import read_sample
+from utils.arguments import number
 
 STEP_RATES = (2, 8, 16, 32)  # images/s that a training step may eat
 
@@ -67,8 +68,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", type=Path, help="a data set; without it scenes are drawn")
-    parser.add_argument("--crop", type=int, default=769, help="height and width of the crops")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each sample is read")
+    parser.add_argument("--crop", type=number(int, 1), default=769, help="height and width of the crops")
+    parser.add_argument("--rounds", type=number(int, 1), default=3, help="times that each sample is read")
     parser.add_argument("--json", type=Path, help="write the numbers there as well")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import libs
-from benchmarks.attention import levels, peak_mib, seconds
+from benchmarks.attention import hardware, levels, peak_mib, seconds
 from networks import BACKBONES, build_model
+from utils.arguments import number
 
 PLAIN = "BatchNorm2d"
 NORMS = (PLAIN, "abn", "inplace_abn")
@@ -93,20 +94,11 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--backbone", default="resnet101", choices=BACKBONES)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--size", type=int, default=769, help="height and width of the crops")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=number(int, 1), default=1)
+    parser.add_argument("--size", type=number(int, 1), default=769, help="height and width of the crops")
+    parser.add_argument("--rounds", type=number(int, 1), default=3)
     parser.add_argument("--json", type=Path, help="write the numbers there as well")
     return parser
-
-
-def hardware(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
-    """What is measured on; an error if it is not there."""
-    if options.device == "cpu":
-        return f"{torch.get_num_threads()} CPU threads"
-    if not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU is visible to PyTorch; use --device cpu")
-    return torch.cuda.get_device_name()
 
 
 def main() -> None:

@@ -20,8 +20,13 @@ def main() -> None:
     parser.add_argument("log", type=Path, help="log.jsonl of a run")
     parser.add_argument("picture", type=Path, help="PNG to write")
     options = parser.parse_args()
-    every = [json.loads(line) for line in options.log.read_text().splitlines()]
+    try:
+        every = [json.loads(line) for line in options.log.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{options.log}: not the log.jsonl of a run ({error})") from None
     lines = [line for line in every if "loss" in line]
+    if not lines:
+        raise SystemExit(f"{options.log}: no losses have been written yet")
     scores = [(line["step"], line["mIoU"]) for line in every if line.get("mIoU") is not None]
     steps, losses, rates = ([line[key] for line in lines] for key in ("step", "loss", "learning_rate"))
     window = max(len(losses) // 30, 1)

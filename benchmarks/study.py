@@ -23,10 +23,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.summarise_runs import kind_of  # noqa: E402
+from benchmarks.summarise_runs import kind_of, read_lines  # noqa: E402
 from training.provenance import git_commit  # noqa: E402
 from training.snapshots import find_checkpoint  # noqa: E402
-from utils.arguments import UsageError  # noqa: E402
+from utils.arguments import UsageError, number  # noqa: E402
 from utils.arguments import run_script as run_main  # noqa: E402
 from utils.checkpoint import load_checkpoint, model_state  # noqa: E402
 
@@ -108,7 +108,8 @@ def run_script(*arguments: str, options: argparse.Namespace) -> None:
         text=True,
     )
     if done.returncode:
-        raise RunError(f"{' '.join(arguments)}: {done.stderr.strip().splitlines()[-1]}")
+        lines = done.stderr.strip().splitlines() or [f"ended with status {done.returncode} and no message"]
+        raise RunError(f"{' '.join(arguments)}: {lines[-1]}")
 
 
 def flags_of(name: str, seed: int, options: argparse.Namespace) -> tuple[str, ...]:
@@ -179,15 +180,15 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--settings", default="r0,r2", help=f"some of {', '.join(SETTINGS)}")
     parser.add_argument("--seeds", default="1,2,3", help="each setting is run with all of them")
-    parser.add_argument("--steps", type=int, required=True, help="length of a run")
+    parser.add_argument("--steps", type=number(int, 1), required=True, help="length of a run")
     parser.add_argument(
         "--amp", default="off", help="as train.py's: bf16 where the processor has instructions for it"
     )
     parser.add_argument("--backbone", default="resnet18", help="of --weights (default: resnet18)")
     parser.add_argument("--full-size", action="store_true", help="frames of twice the recipe's size")
     parser.add_argument("--gpu", default="cpu", help="as train.py's (default: cpu)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each (default: 1)")
+    parser.add_argument("--jobs", type=number(int, 1), default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--threads", type=number(int, 1), default=1, help="threads of each (default: 1)")
     parser.add_argument("--work", type=Path, default=Path("snapshots/study"), help="folder for checkpoints")
     parser.add_argument("--output", type=Path, default=Path("docs/results/camvid_study.jsonl"))
     parser.add_argument("--hardware", default="", help="what the lines say of the machine")
@@ -209,9 +210,16 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_args()
-    lines = options.output.read_text(encoding="utf-8").splitlines() if options.output.exists() else []
-    done = {(line["setting"], line["seed"], *kind_of(line)) for line in map(json.loads, lines)}
-    kind = (options.steps, " ".join(protocol_of(options)), options.weights.name)
+    lines = read_lines(options.output) if options.output.exists() else []
+    done = {(line["setting"], line["seed"], *kind_of(line)) for line in lines}
+    kind = kind_of(
+        {
+            "steps": options.steps,
+            "protocol": " ".join(protocol_of(options)),
+            "weights": options.weights.name,
+            "flags": " ".join(flags_of(options.settings[0], options.seeds[0], options)),
+        }
+    )
     # Seed by seed, so that whatever time there is gives pairs that can be compared.
     todo = [(name, seed) for seed in options.seeds for name in options.settings]
     todo = [job for job in todo if (*job, *kind) not in done]

@@ -2,6 +2,7 @@
 
 python benchmarks/summarise_runs.py results/seed*/metrics.json
 python benchmarks/summarise_runs.py docs/results/camvid_study.jsonl --plot docs/results/camvid_study.png
+python benchmarks/summarise_runs.py docs/results/camvid_study.jsonl --steps 2400 --base r0_batch6
 
 Of files of evaluate.py, class by class. Of the JSON lines of ``benchmarks/study.py``, a table of its
 settings, with the difference to one of them (``--base``, R = 0) and its 95 % interval, paired by seed.
@@ -62,24 +63,42 @@ def print_classes(paths: list[Path], json_path: Path | None) -> None:
 
 
 def kind_of(line: dict[str, Any]) -> tuple[Any, ...]:
-    """Length, protocol and weights of a study's run: what runs that are compared have in common."""
-    return line["steps"], line["protocol"], line["weights"]
+    """What runs of a study that are compared have in common: length, protocol, weights and precision."""
+    flags = line["flags"].split()
+    amp = flags[flags.index("--amp") + 1] if "--amp" in flags else "off"
+    return line["steps"], line["protocol"], line["weights"], amp
 
 
-def load_study(path: Path) -> dict[str, dict[int, dict[str, float]]]:
-    """mIoU in per cent by setting, seed and split; of one kind of runs, the one that most are of."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a study, one a run."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        kind = statistics.mode(map(kind_of, lines))
-        runs: dict[str, dict[int, dict[str, float]]] = {}
         for line in lines:
-            if kind_of(line) == kind:
-                scores = {split: 100 * line[split]["mIoU"] for split in SPLITS}
-                runs.setdefault(line["setting"], {})[line["seed"]] = scores
+            kind_of(line), line["setting"], line["seed"], [line[split]["mIoU"] for split in SPLITS]
     except OSError as error:
         raise SystemExit(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise SystemExit(f"{path}: not the lines of benchmarks/study.py") from None
+    return lines
+
+
+def load_study(path: Path, steps: int | None = None) -> dict[str, dict[int, dict[str, float]]]:
+    """mIoU in per cent by setting, seed and split; of one kind of runs, the one that most are of.
+
+    Args:
+        steps: only runs of this length.
+    """
+    lines = [line for line in read_lines(path) if steps in (None, line["steps"])]
+    if not lines:
+        raise SystemExit(f"{path}: no runs" + (f" of {steps} steps" if steps else ""))
+    kind = statistics.mode(map(kind_of, lines))
+    runs: dict[str, dict[int, dict[str, float]]] = {}
+    for line in lines:
+        if kind_of(line) == kind:
+            scores = {split: 100 * line[split]["mIoU"] for split in SPLITS}
+            runs.setdefault(line["setting"], {})[line["seed"]] = scores
+    if left_out := sum(kind_of(line) != kind for line in lines):
+        print(f"{left_out} runs of another length, protocol, weights or precision are left out")
     return runs
 
 
@@ -141,6 +160,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers of metrics.json files there as well")
     parser.add_argument("--plot", type=Path, help="PNG of a study's runs")
     parser.add_argument("--base", default="r0", help="setting to compare with (default: r0)")
+    parser.add_argument("--steps", type=int, help="of a study, only runs of this length")
     options = parser.parse_args()
     if options.files[0].suffix != ".jsonl":
         if options.plot:
@@ -149,7 +169,7 @@ def main() -> None:
         return
     if len(options.files) > 1 or options.json:
         parser.error("of a study one file is taken, and --json is for metrics.json files")
-    runs = load_study(options.files[0])
+    runs = load_study(options.files[0], options.steps)
     if options.base not in runs:
         parser.error(f"--base {options.base}: expected one of {', '.join(runs)}")
     print_study(runs, options.base)

@@ -6,7 +6,7 @@
 "usual" is eager fp32 with contiguous (NCHW) memory, plain BatchNorm and ReLU layers, the tensor formulation
 of the attention, and SGD parameter by parameter. All have the same loss, OHEM on the device. A step is
 forward, loss, backward and update. Medians of rounds in which they take turns; ratios are over "usual".
-Memory is the peak above parameters, gradients and momentum. ``--compare-unfused`` measures, instead of
+Memory is the peak above parameters and momentum. ``--compare-unfused`` measures, instead of
 "usual", ours with normalisation, addition and ReLU one after another, and ratios are over each one's unfused.
 ``--compare-ccl`` measures ours without and with the category consistent loss.
 ``--processes 2`` measures steps of several processes on the CPU (gloo) that share a batch: with the settings
@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cc_attention
 import libs
-from benchmarks.attention import peak_mib, seconds, tensor_formulation
-from benchmarks.memory import PLAIN, hardware, network, parser_of
+from benchmarks.attention import hardware, peak_mib, seconds, tensor_formulation
+from benchmarks.memory import PLAIN, network, parser_of
 from dataset import Batch
 from networks import build_model
 from networks.recomputation import recompute_in_backward
@@ -103,7 +103,7 @@ def random_batch(options: argparse.Namespace, rank: int = 0) -> Batch:
     return Batch(*(x.pin_memory() if pinned else x for x in (images, labels, keys)))
 
 
-def build(name: str, options: argparse.Namespace) -> Callable[[], object]:
+def build(name: str, options: argparse.Namespace) -> Callable[[], None]:
     """A function that does one step of the named variant."""
     device = torch.device(options.device)
     torch.manual_seed(0)
@@ -127,10 +127,11 @@ def build(name: str, options: argparse.Namespace) -> Callable[[], object]:
         step = TrainStep(model, criterion, build_optimizer(model, 1e-5, 0.9, 1e-4), process, amp)
     step.wrap_model()
 
-    def run() -> object:
+    def run() -> None:
         unfused = unfused_code() if name.endswith(UNFUSED) else nullcontext()
         with usual_code() if name == USUAL else unfused:
-            return step(batch_of_step)
+            step(batch_of_step)
+        step.optimizer.zero_grad()  # so that they count as this step's memory, not as there before the next
 
     return run
 

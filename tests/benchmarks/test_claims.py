@@ -55,13 +55,13 @@ def test_a_tiny_run_prints_both_tables_and_says_what_holds(tmp_path):
         (("--size", "0,3"), "'0,3'"),
         (("--size", "97"), "'97'"),
         (("--channels", 12), "got 12"),
-        (("--rounds", 0), "got 0"),
+        (("--rounds", 0), "got '0'"),
     ],
 )
 def test_bad_options_are_refused_with_their_value(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["claims.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        claims.options_of_command_line()
+        claims.main()
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 

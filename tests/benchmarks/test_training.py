@@ -106,8 +106,8 @@ def test_summary_of_runs(monkeypatch, capsys, tmp_path):
             run(summarise_runs, monkeypatch, capsys, bad)
 
 
-def line(setting, seed, val, test, steps=9, weights="resnet18.pth"):
-    kind = {"steps": steps, "protocol": "--whole", "weights": weights}
+def line(setting, seed, val, test, steps=9, weights="resnet18.pth", amp="bf16"):
+    kind = {"steps": steps, "protocol": "--whole", "weights": weights, "flags": f"--ohem 0 --amp {amp}"}
     return {"setting": setting, "seed": seed, **kind, "val": {"mIoU": val}, "test": {"mIoU": test}}
 
 
@@ -120,6 +120,7 @@ def test_summary_of_a_study(monkeypatch, capsys, tmp_path):
         line("fcn", 0, 0.6, 0.5),
         line("r2", 0, 0.1, 0.1, steps=5),
         line("r2", 0, 0.1, 0.1, weights="x"),
+        line("r2", 0, 0.1, 0.1, amp="off"),
     ]
     (tmp_path / "study.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
     out = run(summarise_runs, monkeypatch, capsys, tmp_path / "study.jsonl", "--plot", tmp_path / "x.png")
@@ -127,6 +128,9 @@ def test_summary_of_a_study(monkeypatch, capsys, tmp_path):
     half = 50 * (interval.high - interval.low)
     assert f"| r2 | 4 | 60.00 ± 0.00 | 63.75 ± 17.58 | +0.00 ± 0.00 | +3.33 ± {half:.2f} |" in out
     assert "| fcn | 1 | 60.00 | 50.00 | - | - |" in out
+    assert "3 runs of another length, protocol, weights or precision are left out" in out
+    short = run(summarise_runs, monkeypatch, capsys, tmp_path / "study.jsonl", "--steps", 5, "--base", "r2")
+    assert "| r2 | 1 | 10.00 | 10.00 | - | - |" in short
     assert (tmp_path / "x.png").stat().st_size > 10_000
     with pytest.raises(SystemExit):
         run(summarise_runs, monkeypatch, capsys, tmp_path / "study.jsonl", "--base", "r9")
