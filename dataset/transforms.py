@@ -71,8 +71,8 @@ class TrainTransform:
         ignore_label: train id of pixels that are not trained on.
         normalization: applied to the image.
         mirror_pairs: train ids that swap when a sample is mirrored (``LabelTable.mirror_pairs``).
-        short_sides: instead of a factor, draw the length of the shorter side in pixels from these; the
-            longer one becomes at most 1000 (ADE20K's 300, 375, 450, 525, 600).
+        short_sides: instead, whatever ``scale`` is, draw the length of the shorter side in pixels from these;
+            the longer one becomes at most 1000 (ADE20K's 300, 375, 450, 525, 600).
     """
 
     crop_size: tuple[int, int]
@@ -92,7 +92,7 @@ class TrainTransform:
         """
         height, width = label.shape[-2:]
         resize: dict[str, Any] | None = None
-        if self.scale and self.short_sides:
+        if self.short_sides:
             short_side = self.short_sides[rng.integers(0, len(self.short_sides))]
             height, width = short_side_size(height, width, short_side)
             resize = {"dsize": (width, height)}

@@ -36,7 +36,7 @@ class Recipe:
     random_scale: bool = setting(True, "scale images by 0.7, 0.8 … 2.1", group="augmentation")
     short_sides: tuple[int, ...] = setting(
         (),
-        "instead, scale the short side to one of these",
+        "instead, whatever --random-scale is, scale the short side to one of these",
         group="augmentation",
         metavar="N,N,…",
         min=1,

@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 
 from dataset import DATASETS, AffineTransform, Normalization, TrainTransform
@@ -111,6 +112,24 @@ def test_the_augmentation_of_each_recipe():
     lip = transform_of(RECIPES["lip"], Normalization(), DATASETS["lip"])
     assert isinstance(lip, AffineTransform)
     assert lip.mirror_pairs == ((14, 15), (16, 17), (18, 19))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("ade20k", {}), ("cityscapes", {"random_scale": False, "short_sides": (300, 600)})]
+)
+def test_short_sides_scale_without_random_scale(name, changes):
+    """The slope of an image that grows by 1 a pixel is the inverse of the factor it was scaled by."""
+    recipe = replace(RECIPES[name], input_size=(200, 10), random_mirror=False, **changes)
+    transform = transform_of(recipe, Normalization(), DATASETS[name])
+    image = np.broadcast_to(np.arange(150, dtype=np.uint8)[:, None, None], (150, 200, 3))
+    label, rng = np.zeros((150, 200), np.uint8), np.random.default_rng(0)
+    slopes = []
+    for _ in range(30):
+        column = transform(image, label, rng)[0][0, :, 0]
+        slopes.append((column[-1] - column[0]) / 199)
+    drawn = {min(recipe.short_sides, key=lambda side: abs(150 / side - slope)) for slope in slopes}
+    assert drawn == set(recipe.short_sides)
+    assert all(min(abs(150 / side - slope) for side in recipe.short_sides) < 0.02 for slope in slopes)
 
 
 def test_flat_settings_of_older_checkpoints():
