@@ -115,9 +115,9 @@ def build(command: Command, resumed: Resumed | None, process: Process) -> Run:
     if start is not None:
         new = start_from(network, contents, start, options.not_restore_last)
         if process.is_main:
-            taken = ", whose network is taken over" if given else ""
+            first_line, *lines = command.start_lines(start, given)
             what_is_new = f", with new {new} for {config.num_classes} classes" if new else ""
-            print(f"starting from {start}{taken}{what_is_new}")
+            print(first_line + what_is_new, *lines, sep="\n")
     step = build_step(network, recipe, spec.ignore_label, process, libs.abort)
     torch.manual_seed(recipe.random_seed + process.rank)  # for layers that do not draw by the samples' keys
     snapshots = Snapshots(options.snapshot_dir, spec.prefix, options.keep_last)

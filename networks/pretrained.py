@@ -21,6 +21,10 @@ from utils.checkpoint import CheckpointError, load_checkpoint, load_weights, mod
 EMBEDDING = ("embedding.",)  # in training only
 IMAGENET_CLASSIFIER = ("fc.",)
 
+# Fields of NetworkConfig that change what weights compute, but neither their names nor their shapes. R does
+# too, but is often changed on purpose.
+NOT_IN_SHAPES = ("contracted_dilation", "mean", "std", "channel_order", "head_activation", "align_corners")
+
 
 def load_model(path: Path | str, **settings: Any) -> tuple[Segmenter, NetworkConfig]:
     """A network in evaluation mode from one of our checkpoints or a plain state dict, and its config.
@@ -140,20 +144,29 @@ def _config_by_shapes(state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def network_of(contents: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of NetworkConfig that whoever starts from a file takes over; for most files there are none.
+    """The fields of NetworkConfig that whoever starts from a file takes over.
 
-    mmsegmentation's CCNet differs from ours in more than names: elsewhere its weights mean something else.
+    With other values its weights would mean something else, though they may fit. mmsegmentation's CCNet has
+    many, our checkpoints store those of ``NOT_IN_SHAPES``, and other files have none.
 
     Args:
         contents: the file's, as ``load_checkpoint`` reads it.
         path: the file, for messages.
 
     Raises:
-        CheckpointError: it holds no weights, or those of a network that is not known.
+        CheckpointError: it holds no weights, those of a network that is not known, or impossible settings.
     """
     state = model_state(contents, path)
     if not is_mmsegmentation(state):
-        return {}
+        stored = contents.get("network")
+        if not isinstance(stored, dict) or any(isinstance(x, Tensor) for x in stored.values()):
+            return {}  # other programs have their weights there
+        values = {name: stored[name] for name in NOT_IN_SHAPES if name in stored}
+        try:
+            config = NetworkConfig.from_dict(values)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: its settings make no network ({error})") from None
+        return {name: getattr(config, name) for name in values}
     try:
         values = config_of_mmsegmentation(state)
     except ValueError as error:

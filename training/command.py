@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from networks.config import NetworkConfig
 from training.options import RunOptions
-from training.recipes import RECIPES, Recipe, find_recipe
+from training.recipes import RECIPES, Recipe, changes, find_recipe
 from training.resumption import Resumed
-from utils.arguments import Parser, UsageError, add_flags, take_flags
+from utils.arguments import Parser, UsageError, add_flags, flag_of, format_value, take_flags
 from utils.fields import setting
 
 DEFAULT_RECIPE = "cityscapes"
@@ -53,6 +54,23 @@ class Command:
         """
         base = self.base if resumed is None or self.is_named else resumed.recipe
         return base.with_changes({**network, **self.network_changes}, self.recipe_changes)
+
+    def start_lines(self, start: Path, network: Mapping[str, Any]) -> list[str]:
+        """What a new run prints of the file that it starts from and of the settings taken from there.
+
+        Args:
+            network: as of ``settle``.
+        """
+        taken = changes(self.recipe, self.settle(None, network))
+        lines = [f"starting from {start}" + ", whose network is taken over" * bool(taken)]
+        if taken:
+            lines.append(f"settings taken over: {', '.join(taken)}")
+        lines += [
+            f"{flag_of(name)} {format_value(asked)} contradicts {start}, which has {format_value(has)}"
+            for name, has in network.items()
+            if (asked := self.network_changes.get(name, has)) != has
+        ]
+        return lines
 
     def num_classes(self, resumed: Resumed | None) -> int | None:
         """The number of classes that was asked for; None leaves it to the data set."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from networks import NetworkConfig, build_model, load_model, start_from
+from networks import NetworkConfig, build_model, load_model, network_of, start_from
 from networks.names import IMAGENET_MEAN, IMAGENET_STD
 from utils.checkpoint import CheckpointError, load_checkpoint
 
@@ -253,6 +253,23 @@ def test_evaluation_needs_neither_auxiliary_head_nor_embedding(tmp_path):
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=r"missing: dsn\.0\.weight"):
         load_model(tmp_path / "x.pth")
+
+
+def test_what_the_weights_of_a_checkpoint_mean_is_taken_over(tmp_path):
+    other = {
+        "mean": (1.0, 2.0, 3.0), "std": (4.0, 5.0, 6.0), "channel_order": "RGB", "head_activation": "relu",
+        "contracted_dilation": True, "align_corners": False,
+    }  # fmt: skip
+    path, state = tmp_path / "x.pth", {"x": torch.zeros(1)}
+    config = NetworkConfig(backbone="resnet18", recurrence=1, **other)
+    assert network_of({"model": state, "network": config.to_dict()}, path) == other
+    assert network_of({"model": state, "network": {"backbone": "resnet18", "std": [1, 2, 3]}}, path) == {
+        "std": (1, 2, 3)
+    }
+    for contents in (state, {"model": state, "settings": {"backbone": "resnet18"}}, {"network": state}):
+        assert network_of(contents, path) == {}
+    with pytest.raises(CheckpointError, match=r"x\.pth: its settings make no network \(std must be above 0"):
+        network_of({"model": state, "network": {"std": (0, 1, 1)}}, path)
 
 
 @pytest.mark.parametrize("has_embedding", [False, True])

@@ -264,6 +264,27 @@ def test_starting_from_weights(call, demo_data, tmp_path, kind):
         torch.testing.assert_close(weights[name], state[name])
 
 
+def test_the_normalisation_of_a_checkpoint_is_taken_over(call, demo_data, tmp_path):
+    """Its weights mean something else with another; a flag still wins."""
+    path = tmp_path / "rgb.pth"
+    config = NetworkConfig(backbone="resnet18", channel_order="RGB", std=(58.0, 57.0, 57.0))
+    torch.save({"model": build_model(config).state_dict(), "network": config.to_dict()}, path)
+    result = start_from(call, demo_data, tmp_path / "a", path)
+    assert result.status == 0, result.error
+    assert f"starting from {path}, whose network is taken over\n" in result.out
+    assert (
+        "settings taken over: std (1.0, 1.0, 1.0) → (58.0, 57.0, 57.0), channel_order BGR → RGB" in result.out
+    )
+    assert load_checkpoint(tmp_path / "a" / "CS_scenes_1.pth")["network"] == config.to_dict()
+    flags = ("--channel-order", "BGR", "--std", "1,1,1")
+    result = start_from(call, demo_data, tmp_path / "b", path, *flags)
+    assert result.status == 0, result.error
+    assert f"starting from {path}\n" in result.out
+    assert f"--std 1.0,1.0,1.0 contradicts {path}, which has 58.0,57.0,57.0\n" in result.out
+    assert f"--channel-order BGR contradicts {path}, which has RGB\n" in result.out
+    assert load_checkpoint(tmp_path / "b" / "CS_scenes_1.pth")["network"]["channel_order"] == "BGR"
+
+
 def test_another_number_of_classes_needs_not_restore_last(call, demo_data, tmp_path):
     state = build_model(backbone="resnet18", num_classes=11).state_dict()
     torch.save(state, tmp_path / "camvid.pth")
