@@ -84,6 +84,11 @@ class NetworkConfig:
             dropped = {field.name: field.default for field in _options_of_others(changes["model"])}
         return replace(self, **{**dropped, **changes})
 
+    @property
+    def pools_to_one(self) -> bool:
+        """As of the head: whether training needs two images or more for each normalisation."""
+        return bool(HEADS[self.model].pools_to_one)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name, as a checkpoint holds them."""
         return to_dict(self)

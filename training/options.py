@@ -106,8 +106,17 @@ class RunOptions(DataOptions):
             shared = f" over {processes} processes" * (processes > 1) + f" over {gpus} GPUs" * (gpus > 1)
             into = f" into {recipe.accumulate} parts" * (recipe.accumulate > 1)
             raise UsageError(f"--batch-size {recipe.batch_size} cannot be split{into}{shared}")
-        height, width = recipe.input_size
+        if recipe.freeze_bn:  # which needs no statistics of the batch
+            return
         synchronised = recipe.network.norm in ("auto", "sync")
-        images = recipe.batch_size // recipe.accumulate // (1 if synchronised else parts)
+        images = recipe.batch_size // recipe.accumulate // (1 if synchronised else parts) * recipe.clip
+        if images == 1 and recipe.network.pools_to_one:
+            raise UsageError(
+                f"--model {recipe.network.model} normalises the means of images, of which one alone has no "
+                "variance: raise --batch-size"
+                + " or lower --accumulate" * (recipe.accumulate > 1)
+                + " or take --norm sync" * (parts > 1 and not synchronised)
+            )
+        height, width = recipe.input_size
         if images * -(-height // 8) * -(-width // 8) < 2:
             raise UsageError("one feature a batch has no variance: raise --input-size or --batch-size")

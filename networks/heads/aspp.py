@@ -1,5 +1,7 @@
 """Atrous spatial pyramid pooling (Chen et al., Rethinking Atrous Convolution, 2017)."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,8 @@ class ASPP(nn.Module):
 
 class ASPPHead(ContextHead):
     """DeepLabv3's ASPP as the context module; arguments as in ``ContextHead``."""
+
+    pools_to_one: ClassVar[bool] = True
 
     def __init__(self, in_channels: int, num_classes: int, norm: Norm) -> None:
         channels = in_channels // 4

@@ -25,6 +25,7 @@ class Head(nn.Module):
     Attributes:
         options: fields of NetworkConfig that the constructor takes as keywords; other heads refuse them.
         has_attention: whether there is criss-cross attention to look at.
+        pools_to_one: whether an image's mean is normalised, which trains on two images or more.
         embedded_channels: of the features that a loss sees; those of the classifier's input unless changed.
         state_names: attributes that have another name in the state dict, see ``networks.names``.
     """
@@ -32,6 +33,7 @@ class Head(nn.Module):
     options: ClassVar[tuple[str, ...]] = ()
     state_names: ClassVar[dict[str, str]] = {}
     has_attention = False
+    pools_to_one: ClassVar[bool] = False
     classifier: nn.Conv2d
     embedded_channels: int
 

@@ -1,5 +1,7 @@
 """Pyramid pooling (Zhao et al., Pyramid Scene Parsing Network, CVPR 2017)."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +35,8 @@ class PyramidPooling(nn.Module):
 
 class PSPHead(ContextHead):
     """Pyramid pooling as the context module; arguments as in ``ContextHead``."""
+
+    pools_to_one: ClassVar[bool] = True
 
     def __init__(self, in_channels: int, num_classes: int, norm: Norm) -> None:
         channels = in_channels // 4

@@ -82,6 +82,11 @@ def test_a_list_needs_its_number_of_classes(call, list_data):
         (("--momentum", "1.5"), "--momentum: expected a number at least 0 and at most 1"),
         (("--random-seed", "9" * 20), "--random-seed: expected a whole number at least 0"),
         (("--input-size", "5,5", "--batch-size", "1"), "one feature a batch has no variance"),
+        (
+            ("--model", "pspnet", "--batch-size", "1"),
+            "--model pspnet normalises the means of images, of which",
+        ),
+        (("--model", "deeplabv3", "--batch-size", "2", "--accumulate", "2"), "or lower --accumulate"),
         (("--ohem-thres", "2"), "--ohem-thres: expected a number at least 0 and at most 1"),
         (("--ohem", "perhaps"), "--ohem: expected true or false, got 'perhaps'"),
         (("--save-pred-every", "0"), "--save-pred-every: expected a whole number at least 1"),
