@@ -7,6 +7,7 @@ startup.prepare()  # before imports that take seconds
 import sys
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from evaluation.pictures import panels
 from evaluation.scores import validation_scores
 from networks import build_model, fold_norms, network_of, start_from
 from training.category_loss import CCL_CHANNELS
-from training.command import Command, parse_args
+from training.command import NO_DATA, Command, parse_args
 from training.data import TrainingData, find_data, load_data
 from training.interruption import Interruption
 from training.options import RunOptions
@@ -61,7 +62,7 @@ def main() -> None:
     command = parse_args(__doc__)
     options = command.options
     if command.print_recipe:
-        print(format_recipe(command.recipe))
+        print_recipe(command)
         return
     if options.deterministic:
         make_deterministic()
@@ -87,15 +88,40 @@ def main() -> None:
         sys.exit(128 + run.interruption.signum)
 
 
+@dataclass(frozen=True)
+class Start:
+    """The file whose weights a new run begins with."""
+
+    path: Path
+    contents: dict[str, Any]
+    network: dict[str, Any]  # fields of NetworkConfig that are taken from it
+
+
+def find_start(options: RunOptions, resumed: Resumed | None) -> Start | None:
+    """What ``--restore-from`` means; a resumed run goes on without it."""
+    if resumed is not None or options.restore_from is None:
+        return None
+    path = find_checkpoint(options.restore_from)
+    contents = load_checkpoint(path)
+    return Start(path, contents, network_of(contents, path))
+
+
+def print_recipe(command: Command) -> None:
+    """The recipe that the command line's run would have; without ``--data-dir`` its classes are as given."""
+    resumed = find_resumed(command.options.resume, command.options.snapshot_dir)
+    start = find_start(command.options, resumed)
+    recipe = command.settle(resumed, start.network if start else {})
+    if command.options.data_dir != NO_DATA:
+        _, recipe = find_data(command.options, recipe, command.num_classes(resumed))
+    print(format_recipe(recipe))
+
+
 def build(command: Command, resumed: Resumed | None, process: Process) -> Run:
     """Data, network and optimiser of a command line."""
     options = command.options
-    start, contents, given = None, {}, {}
-    if resumed is None and options.restore_from is not None:
-        start = find_checkpoint(options.restore_from)
-        contents = load_checkpoint(start)
-        given = network_of(contents, start)
-    spec, recipe = find_data(options, command.settle(resumed, given), command.num_classes(resumed))
+    start = find_start(options, resumed)
+    recipe = command.settle(resumed, start.network if start else {})
+    spec, recipe = find_data(options, recipe, command.num_classes(resumed))
     options.check(recipe)
     data = load_data(spec, recipe, options)
     # Crops have one size, so the search for the fastest kernel pays; it may end otherwise in another run.
@@ -113,9 +139,9 @@ def build(command: Command, resumed: Resumed | None, process: Process) -> Run:
     if recipe.freeze_bn:
         libs.freeze(network)
     if start is not None:
-        new = start_from(network, contents, start, options.not_restore_last)
+        new = start_from(network, start.contents, start.path, options.not_restore_last)
         if process.is_main:
-            first_line, *lines = command.start_lines(start, given)
+            first_line, *lines = command.start_lines(start.path, start.network)
             what_is_new = f", with new {new} for {config.num_classes} classes" if new else ""
             print(first_line + what_is_new, *lines, sep="\n")
     step = build_step(network, recipe, spec.ignore_label, process, libs.abort)

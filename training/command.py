@@ -1,5 +1,6 @@
 """The command line of ``train.py``: a recipe, changes to it, and the run's options."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from utils.arguments import Parser, UsageError, add_flags, flag_of, format_value
 from utils.fields import setting
 
 DEFAULT_RECIPE = "cityscapes"
+NO_DATA = Path(os.devnull)  # in the place of --data-dir, which --print-recipe does not need
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class RecipeOptions:
         metavar="NAME",
     )
     print_recipe: bool = setting(
-        False, "print the recipe, with the changes made by flags, and exit", group="recipe"
+        False, "print the recipe as flags, as the run would have it, and exit", group="recipe"
     )
 
 
@@ -87,14 +89,15 @@ def parse_args(description: str | None, argv: list[str] | None = None) -> Comman
     """Read ``argv`` (default: the process's). Mistakes end the process with one line and status 2."""
     first = Parser(None, add_help=False)
     add_flags(first, RecipeOptions)
-    name = first.parse_known_args(argv)[0].recipe
+    wanted = first.parse_known_args(argv)[0]
+    name, no_data = wanted.recipe, RunOptions(data_dir=NO_DATA) if wanted.print_recipe else None
     parser = Parser(description)
     try:
         # Before the other flags are made: a recipe's module may add to their choices.
         base = find_recipe(DEFAULT_RECIPE if name is None else name)
         for options, values in (
             (RecipeOptions, None),
-            (RunOptions, None),
+            (RunOptions, no_data),
             (NetworkConfig, base.network),
             (Recipe, base),
         ):
@@ -105,7 +108,7 @@ def parse_args(description: str | None, argv: list[str] | None = None) -> Comman
             name is not None,
             take_flags(NetworkConfig, namespace),
             take_flags(Recipe, namespace),
-            RunOptions(**take_flags(RunOptions, namespace)),
+            RunOptions(**{"data_dir": NO_DATA} | take_flags(RunOptions, namespace)),
             bool(namespace.print_recipe),
         )
         if command.options.resume is None:  # otherwise the checkpoint's recipe counts

@@ -36,7 +36,7 @@ class Recipe:
     random_scale: bool = setting(True, "scale images by 0.7, 0.8 … 2.1", group="augmentation")
     short_sides: tuple[int, ...] = setting(
         (),
-        "instead, whatever --random-scale is, scale the short side to one of these",
+        "instead, whatever --random-scale is, scale the short side to one of these; none: do not",
         group="augmentation",
         metavar="N,N,…",
         min=1,
@@ -195,7 +195,9 @@ def transform_of(
 def format_recipe(recipe: Recipe) -> str:
     """A recipe as the flags that make it, one a line."""
     values = recipe.network.to_dict() | recipe_to_dict(recipe)
-    return "\n".join(f"{flag_of(name)} {format_value(value)}" for name, value in values.items())
+    flags = ((flag_of(name), format_value(value)) for name, value in values.items())
+    # After a blank, a value that begins with a minus would be read as a flag.
+    return "\n".join(f"{flag}={text}" if text.startswith("-") else f"{flag} {text}" for flag, text in flags)
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:

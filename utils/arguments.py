@@ -16,6 +16,7 @@ from utils import startup
 from utils.distributed import exit_process, is_out_of_memory, world_size
 from utils.fields import choices_of
 
+NONE = "none"  # an empty tuple
 MAX_SIDE = 2**15  # pixels; whatever is larger was mistyped, and could not be allocated
 
 
@@ -76,7 +77,7 @@ def take_flags(options: type, namespace: argparse.Namespace) -> dict[str, Any]:
 
 def format_value(value: object) -> str:
     """A value as a flag takes it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) or NONE if isinstance(value, tuple) else str(value)
 
 
 def flag_of(name: str) -> str:
@@ -95,6 +96,8 @@ def _add_flag(group: argparse._ArgumentGroup, option: "Field[Any]", hint: Any, d
         settings |= {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
     else:
         settings["type"] = _parser_of(hint, metadata)
+        if option.default == ():
+            settings["type"] = _or_none(settings["type"])
         settings["metavar"] = metadata.get("metavar")
     if (choices := choices_of(option)) is not None:
         settings |= {"choices": choices, "metavar": None}
@@ -126,6 +129,13 @@ def _tuple_of(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
         return tuple(parse(part) for part in text.split(","))
 
     return parse_all
+
+
+def _or_none(parse: Callable[[str], tuple[Any, ...]]) -> Callable[[str], tuple[Any, ...]]:
+    def parse_or_none(text: str) -> tuple[Any, ...]:
+        return () if text == NONE else parse(text)
+
+    return parse_or_none
 
 
 def boolean(text: str) -> bool:

@@ -9,7 +9,7 @@ import train
 from networks import HEADS
 from tests.scripts.conftest import SMALL
 from tests.scripts.processes import Processes
-from training.recipes import RECIPES
+from training.recipes import RECIPES, recipe_to_dict
 from utils.checkpoint import load_checkpoint
 
 MODULE = """
@@ -50,13 +50,13 @@ def printed(result):
     ("recipe", "published"),
     [
         # ICCV 2019, sections 4.2 and 4.3; TPAMI 2020, section 4.4.
-        ("cityscapes", ("19", "769,769", "True", "", "0.01", "8", "60000", "True")),
+        ("cityscapes", ("19", "769,769", "True", "none", "0.01", "8", "60000", "True")),
         ("ade20k", ("150", "512,512", "False", "300,375,450,525,600", "0.02", "16", "150000", "False")),
-        ("lip", ("20", "473,473", "False", "", "0.007", "40", "114233", "False")),
+        ("lip", ("20", "473,473", "False", "none", "0.007", "40", "114233", "False")),
     ],
 )
 def test_a_published_recipe_is_printed(call, recipe, published):
-    flags = printed(call("train.py", "--data-dir", "nowhere", "--recipe", recipe, "--print-recipe"))
+    flags = printed(call("train.py", "--recipe", recipe, "--print-recipe"))
     names = ("num_classes", "input_size", "random_scale", "short_sides", "learning_rate", "batch_size")
     names += ("num_steps", "ohem")
     got = tuple(flags["--" + name.replace("_", "-")] for name in names)
@@ -66,7 +66,7 @@ def test_a_published_recipe_is_printed(call, recipe, published):
 
 
 def test_flags_change_what_is_printed(call):
-    options = ("--data-dir", "nowhere", "--recipe", "ade20k", "--print-recipe")
+    options = ("--recipe", "ade20k", "--print-recipe")
     before = printed(call("train.py", *options))
     flags = ("--batch-size", 4, "--backbone", "resnet50", "--ohem", "--short-sides", "10,20")
     after = printed(call("train.py", *options, *flags))
@@ -82,15 +82,48 @@ def test_flags_change_what_is_printed(call):
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_is_printed_makes_the_recipe_again(call, name):
     """Given as flags to the default recipe, the printed lines make the other one."""
-    result = call("train.py", "--data-dir", "nowhere", "--recipe", name, "--print-recipe")
-    flags = [f"{flag}={value}" for flag, value in printed(result).items() if value]
-    assert train.parse_args(None, ["--data-dir", "nowhere", *flags]).recipe == RECIPES[name]
+    result = call("train.py", "--recipe", name, "--print-recipe")
+    assert train.parse_args(None, ["--data-dir", "nowhere", *result.out.split()]).recipe == RECIPES[name]
+
+
+def test_values_that_begin_with_a_minus_are_printed_as_flags(call):
+    result = call("train.py", "--mean=-1,2,3", "--print-recipe")
+    command = train.parse_args(None, ["--data-dir", "nowhere", *result.out.split()])
+    assert command.recipe.network.mean == (-1, 2, 3)
+
+
+def test_short_sides_can_be_switched_off(call):
+    flags = ("--recipe", "ade20k", "--short-sides", "none", "--random-affine")
+    after = printed(call("train.py", *flags, "--print-recipe"))
+    assert (after["--short-sides"], after["--random-affine"]) == ("none", "True")
+
+
+def test_the_recipe_of_a_resumed_run_is_printed(call, trained, demo_data):
+    options = ("--snapshot-dir", trained.parent, "--resume", "--print-recipe")
+    checkpoint = load_checkpoint(trained)
+    for more in ((), ("--data-dir", demo_data)):
+        result = call("train.py", *options, "--num-steps", 9, *more)
+        assert result.status == 0, result.error
+        recipe = train.parse_args(None, ["--data-dir", "nowhere", *result.out.split()]).recipe
+        assert recipe.network.to_dict() == checkpoint["network"]
+        assert recipe_to_dict(recipe) == checkpoint["recipe"] | {"num_steps": 9}
+
+
+def test_the_recipe_of_a_run_is_printed_with_the_classes_of_its_data(call, demo_data, list_data):
+    assert printed(call("train.py", "--recipe", "lip", "--print-recipe"))["--num-classes"] == "20"
+    options = ("train.py", "--recipe", "lip", "--print-recipe", "--data-dir")
+    assert printed(call(*options, demo_data))["--num-classes"] == "19"
+    own = (*options, list_data, "--dataset", "list", "--data-list", list_data / "train.lst")
+    assert printed(call(*own, "--num-classes", 3))["--num-classes"] == "3"
+    result = call(*options, list_data / "nowhere")
+    assert (result.status, result.out) == (1, "")
+    assert "nowhere: no such data folder" in result.error
 
 
 def test_a_recipe_of_ones_own(call, module, demo_data, tmp_path):
     """Found in the working folder, changed by flags, kept by the checkpoint and by the resumed run."""
     module("own_recipes", MODULE)
-    flags = printed(call("train.py", "--data-dir", "x", "--recipe", "own_recipes:SHORT", "--print-recipe"))
+    flags = printed(call("train.py", "--recipe", "own_recipes:SHORT", "--print-recipe"))
     assert (flags["--num-steps"], flags["--batch-size"], flags["--backbone"]) == ("7", "3", "resnet18")
     options = ("--data-dir", demo_data, "--snapshot-dir", tmp_path / "run", *SMALL[2:])
     result = call("train.py", *options, "--recipe", "own_recipes:SHORT", "--num-steps", 1)
@@ -124,7 +157,7 @@ def test_what_is_no_recipe(call, module, recipe, message):
     module("broken_recipes", "1 / 0\n")
     module("unwritten_recipes", "A = (\n")
     module("unbounded_recipes", "from training.recipes import Recipe\nA = Recipe(batch_size=0)\n")
-    result = call("train.py", "--data-dir", "nowhere", "--recipe", recipe, "--print-recipe")
+    result = call("train.py", "--recipe", recipe, "--print-recipe")
     assert (result.status, result.out) == (2, ""), result
     assert result.error.startswith("train.py: error: ")
     assert message in result.error

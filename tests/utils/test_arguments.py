@@ -47,6 +47,7 @@ class Options:
 
     sides: tuple[int, int] = setting((3, 4), "a size", group="first")
     scales: tuple[float, ...] = setting((1.0,), "several numbers, 100 %", exclusive_min=0, max=8)
+    lengths: tuple[int, ...] = setting((), "several numbers or none", min=1)
     rate: float = setting(0.1, "a number", min=0, flags=("--lr",))
     count: int | None = setting(None, "a whole number or none", min=1)
     name: str = setting("b", "a choice", choices=lambda: ("a", "b"))
@@ -70,6 +71,8 @@ def test_only_the_flags_that_are_given_count():
     assert parsed("--switch", "--folder", "a/b", "--resume") == {
         "switch": True, "folder": Path("a/b"), "resume": ""
     }  # fmt: skip
+    assert parsed("--lengths", "none") == {"lengths": ()}
+    assert parsed("--lengths", "5") == {"lengths": (5,)}
     assert parsed("--switch", "no", "--resume", "x") == {"switch": False, "resume": "x"}
 
 
@@ -78,6 +81,7 @@ def test_only_the_flags_that_are_given_count():
     [
         (("--scales", "0.5,0"), "--scales: expected a number above 0 and at most 8, got '0'"),
         (("--scales", "1,,2"), "expected a number"),
+        (("--scales", "none"), "expected a number"),  # it has a default that is not empty
         (("--lr", "-1"), "--rate/--lr: expected a number at least 0, got '-1'"),
         (("--count", "0"), "whole number at least 1"),
         (("--name", "c"), "invalid choice: 'c'"),
