@@ -133,7 +133,8 @@ def restore(resumed: Resumed, train_step: TrainStep, recipe: Recipe, images: str
         UsageError: a flag asks for another network than the checkpoint's.
     """
     path, checkpoint, process = resumed.path, resumed.checkpoint, train_step.process
-    before, now = resumed.recipe.network.to_dict(), recipe.network.to_dict()
+    # ccl decides whether there is an embedding.
+    before, now = (x.network.to_dict() | {"ccl": x.ccl} for x in (resumed.recipe, recipe))
     for name in now:
         if name not in ("norm", "recurrence") and before[name] != now[name]:
             raise UsageError(f"{flag_of(name)} {now[name]} contradicts {path}, which has {before[name]}")

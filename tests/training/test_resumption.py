@@ -72,3 +72,10 @@ def test_other_images_and_another_network(tmp_path):
     recipe = Recipe().with_changes({"backbone": "resnet18"}, {})
     with pytest.raises(UsageError, match=r"--backbone resnet18 contradicts .*x\.pth, which has resnet101"):
         restore(resumed(tmp_path), step_of(Groups()), recipe, "the images")
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_embedding_of_the_category_consistent_loss_neither_comes_nor_goes(tmp_path, asked):
+    before = resumed(tmp_path, Recipe(ccl=not asked))
+    with pytest.raises(UsageError, match=rf"--ccl {asked} contradicts .*x\.pth, which has {not asked}$"):
+        restore(before, step_of(Groups()), Recipe(ccl=asked), "the images")
