@@ -183,7 +183,8 @@ def mirror_sample(
     image: np.ndarray, label: np.ndarray, mirror_pairs: tuple[tuple[int, int], ...] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
     """Image (3,H,W) and train ids (H,W) uint8 flipped left and right, the classes of each pair swapped."""
-    image, label = image[:, :, ::-1], label[:, ::-1]
+    # Copies: np.ascontiguousarray would keep the negative stride of a width of 1, which PyTorch refuses.
+    image, label = image[:, :, ::-1].copy(), label[:, ::-1].copy()
     if mirror_pairs:
         mirrored_id = np.arange(256, dtype=np.uint8)
         for left, right in mirror_pairs:

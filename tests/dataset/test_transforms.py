@@ -5,6 +5,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from dataset import AffineTransform, Normalization, TrainTransform, short_side_size
 
@@ -129,6 +130,16 @@ def test_mirroring_swaps_the_pairs_of_classes():
     np.testing.assert_array_equal(mirrored_image, Normalization()(image[:, ::-1]))
     _, kept = transform(image, label, Script([0, 0], 0.75))
     np.testing.assert_array_equal(kept, label)
+
+
+@pytest.mark.parametrize("transform", [TrainTransform, AffineTransform])
+def test_a_mirrored_crop_of_one_pixel(transform):
+    """PyTorch takes no negative strides."""
+    mirrored = transform((1, 1), normalization=Normalization((9.0, 9.0, 9.0)))
+    for seed in range(4):
+        image, label = mirrored(*sample(), np.random.default_rng(seed))
+        assert torch.from_numpy(image).shape == (3, 1, 1)
+        assert torch.from_numpy(label).shape == (1, 1)
 
 
 def test_scaled_sizes_are_those_that_opencv_gives():
