@@ -1,5 +1,6 @@
 """The options of ``train.py`` that do not change a run's numbers: data, devices, files."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +118,12 @@ class RunOptions(DataOptions):
                 + " or lower --accumulate" * (recipe.accumulate > 1)
                 + " or take --norm sync" * (parts > 1 and not synchronised)
             )
-        height, width = recipe.input_size
-        if images * -(-height // 8) * -(-width // 8) < 2:
+        if images * math.prod(_feature_side(side, recipe.network.stem) for side in recipe.input_size) < 2:
             raise UsageError("one feature a batch has no variance: raise --input-size or --batch-size")
+
+
+def _feature_side(pixels: int, stem: str) -> int:
+    """Height or width of the features of a ResNet, as its convolutions and its pooling round."""
+    after_conv = (pixels + 1) // 2
+    after_pool = (after_conv + 1) // 2 if stem == "v1c" else after_conv // 2 + 1  # ceil_mode
+    return (after_pool + 1) // 2

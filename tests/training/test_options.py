@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from networks import HEADS, NetworkConfig
+from networks import HEADS, NetworkConfig, build_model
+from networks.resnet import STEMS
 from training import options as module
 from training.options import RunOptions
 from training.recipes import Recipe
@@ -39,3 +41,20 @@ def test_processes_count_together(monkeypatch):
     check(network={"model": "pspnet"}, batch_size=2)
     with pytest.raises(UsageError, match=r"or take --norm sync$"):
         check(network={"model": "pspnet", "norm": "inplace_abn"}, batch_size=2)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_features_are_counted_as_the_backbone_makes_them(stem):
+    """A single one is refused."""
+    network = {"backbone": "resnet18", "stem": stem}
+    with torch.device("meta"):
+        backbone = build_model(**network).backbone.eval()
+        features = {side: backbone(torch.empty(1, 3, side, side))[1].shape[-1] for side in range(1, 20)}
+    assert {1, 2, 3} <= set(features.values())
+    for side, count in features.items():
+        if count == 1:
+            with pytest.raises(UsageError, match="one feature a batch has no variance"):
+                check(network=network, batch_size=1, input_size=(side, side))
+        else:
+            check(network=network, batch_size=1, input_size=(side, side))
+        assert module._feature_side(side, stem) == count
