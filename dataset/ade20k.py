@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dataset.labels import LabelTable
-from dataset.source import DatasetSpec, Pair, find_images, find_labels
+from dataset.source import DatasetSpec, Pair, find_images, pair_images
 
 # In the order of the values 1 .. 150 that label files store (0 is unlabelled), with the benchmark's colours;
 # of several synonyms the first, but "screen" is the name of two classes.
@@ -184,10 +184,7 @@ def list_samples(root: Path, split: str) -> list[Pair]:
     folder = _benchmark_folder(root)
     pairs = []
     for part in SPLITS[split]:
-        annotations = folder / "annotations" / part
-        labels = find_labels(annotations)
-        for image in find_images(folder / "images" / part):
-            pairs.append(Pair(image, labels.get(image.stem, annotations / f"{image.stem}.png")))
+        pairs += pair_images(find_images(folder / "images" / part), folder / "annotations" / part)
     return pairs
 
 

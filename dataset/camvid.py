@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from dataset.labels import LabelTable
-from dataset.source import DatasetSpec, Pair, find_images, find_labels, read_list
+from dataset.source import DatasetSpec, Pair, find_images, pair_images, read_list
 
 CLASSES: dict[str, tuple[int, int, int]] = {
     "sky": (128, 128, 128),
@@ -41,9 +41,7 @@ def list_samples(root: Path, split: str) -> list[Pair]:
             pairs += read_list(list_file, root)
             continue
         # SegNet's own lists name files of its authors' machine (/SegNet/CamVid/…); the folders tell as much.
-        labels = find_labels(root / f"{folder}annot")
-        for image in find_images(root / folder):
-            pairs.append(Pair(image, labels.get(image.stem, root / f"{folder}annot" / f"{image.stem}.png")))
+        pairs += pair_images(find_images(root / folder), root / f"{folder}annot")
     return pairs
 
 

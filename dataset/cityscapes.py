@@ -1,10 +1,9 @@
 """Cityscapes (Cordts et al., CVPR 2016): 19 classes, 2048×1024 images, splits train, val and test."""
 
-from functools import cache
 from pathlib import Path
 
 from dataset.labels import LabelTable
-from dataset.source import DatasetSpec, Pair, find_images, find_labels
+from dataset.source import DatasetSpec, Pair, find_images, pair_images
 
 # Every id of the benchmark by name; the licence plate (-1) cannot be stored in an 8-bit file.
 IDS: dict[str, int] = {
@@ -60,14 +59,17 @@ SPLITS: dict[str, tuple[str, ...]] = {
 def list_samples(root: Path, split: str) -> list[Pair]:
     """All images of a split with their labels; the images of the test split have none."""
     pairs = []
-    labels_of_city = cache(find_labels)
     for folder in SPLITS[split]:
-        for image in find_images(root / "leftImg8bit" / folder, "*/*", "_leftImg8bit"):
-            name = image.stem.removesuffix("_leftImg8bit") + "_gtFine_labelIds"
-            city = root / "gtFine" / folder / image.parent.name
-            label = labels_of_city(city).get(name, city / f"{name}.png")
-            pairs.append(Pair(image, None if split == "test" else label))
+        images = find_images(root / "leftImg8bit" / folder, "*/*", "_leftImg8bit")
+        if folder == "test":
+            pairs += [Pair(image, None) for image in images]
+        else:
+            pairs += pair_images(images, root / "gtFine" / folder, "*/*_gtFine_labelIds.*", _label_name)
     return pairs
+
+
+def _label_name(image: Path) -> str:
+    return f"{image.parent.name}/{image.stem.removesuffix('_leftImg8bit')}_gtFine_labelIds"
 
 
 CITYSCAPES = DatasetSpec(

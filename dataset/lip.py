@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dataset.labels import DataError, LabelTable
-from dataset.source import DatasetSpec, Pair, find_images, find_labels, is_file, read_lines
+from dataset.source import DatasetSpec, Pair, find_images, is_file, pair_images, read_lines
 
 # Stored as 0 .. 19, with PASCAL VOC's colours as the benchmark shows them.
 CLASSES: dict[str, tuple[int, int, int]] = {
@@ -56,25 +56,23 @@ def list_samples(root: Path, split: str) -> list[Pair]:
     """All pairs of a split: those that ``<split>_id.txt`` names or, without it, all images of the folder."""
     pairs: list[Pair] = []
     for part in SPLITS[split]:
-        images = {
-            path.stem: path for path in find_images(_find_folder(root, IMAGE_PARENTS, f"{part}_images"))
-        }
-        folder = _find_folder(root, LABEL_PARENTS, f"{part}_segmentations")
-        labels = find_labels(folder)
+        images = find_images(_find_folder(root, IMAGE_PARENTS, f"{part}_images"))
+        found = pair_images(images, _find_folder(root, LABEL_PARENTS, f"{part}_segmentations"))
+        by_name = {pair.image.stem: pair for pair in found}
         lists = (root / parent / f"{part}_id.txt" for parent in IMAGE_PARENTS)
         id_file = next((path for path in lists if is_file(path)), None)
-        for name in images if id_file is None else _read_ids(id_file, images):
-            pairs.append(Pair(images[name], labels.get(name, folder / f"{name}.png")))
+        names = by_name if id_file is None else _read_ids(id_file, by_name)
+        pairs += [by_name[name] for name in names]
     return pairs
 
 
-def _read_ids(id_file: Path, images: dict[str, Path]) -> list[str]:
+def _read_ids(id_file: Path, pairs: dict[str, Pair]) -> list[str]:
     """The names without ending that a list holds, one a line."""
-    folder = next(iter(images.values())).parent
+    folder = next(iter(pairs.values())).image.parent
     names = []
     for number, line in enumerate(read_lines(id_file), start=1):
-        name = line if line in images else Path(line).stem  # some lists hold the ending as well
-        if name in images:
+        name = line if line in pairs else Path(line).stem  # some lists hold the ending as well
+        if name in pairs:
             names.append(name)
         elif line:
             raise DataError(f"{id_file}, line {number}: no image {folder / line} nor {line}.jpg")

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +99,7 @@ def find_images(folder: Path, pattern: str = "*", stem_suffix: str = "") -> list
     images: list[Path] = []
     others: list[Path] = []
     for path in sorted(folder.glob(pattern)):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+        if _is_hidden(path, folder):
             continue
         is_image = path.suffix.lower() in IMAGE_SUFFIXES and path.stem.endswith(stem_suffix)
         (images if is_image and is_file(path) else others).append(path)
@@ -106,26 +107,58 @@ def find_images(folder: Path, pattern: str = "*", stem_suffix: str = "") -> list
         wanted = pattern.removesuffix("*") + "*" + stem_suffix
         raise DataError(f"{folder}: no {wanted}.png found there, nor with another usual ending of pictures")
     if others:
-        names = ", ".join(str(path.relative_to(folder)) for path in others[:5])
         logger.warning(
             "%s: %d of %d files are no pictures of this data set and are left out: %s",
-            *(folder, len(others), len(images) + len(others), names + (", …" if others[5:] else "")),
+            *(folder, len(others), len(images) + len(others), _name_some(others, folder)),
         )
     return images
 
 
-def find_labels(folder: Path) -> dict[str, Path]:
-    """The label files of a folder by their names without ending; PNG is taken where there are several."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*")):
-        suffix = path.suffix.lower()
-        if (
-            suffix in IMAGE_SUFFIXES
-            and not path.name.startswith(".")
-            and (suffix == ".png" or path.stem not in found)
-        ):
-            found[path.stem] = path
-    return found
+def pair_images(
+    images: list[Path],
+    folder: Path,
+    pattern: str = "*",
+    label_name: Callable[[Path], str] = attrgetter("stem"),
+) -> list[Pair]:
+    """Images with their labels; PNG is taken where a label has several endings.
+
+    Where there is none, the pair names the missing ``<name>.png``. Labels without an image are left out and
+    named in a warning.
+
+    Args:
+        folder: where the labels are.
+        pattern: of their files, as of ``Path.glob``.
+        label_name: gives the path of an image's label below ``folder``, without its ending.
+
+    Raises:
+        DataError: two images have the same label.
+    """
+    labels: dict[str, Path] = {}
+    for path in sorted(folder.glob(pattern)):
+        name, suffix = path.relative_to(folder).with_suffix("").as_posix(), path.suffix.lower()
+        is_label = suffix in IMAGE_SUFFIXES and not _is_hidden(path, folder)
+        if is_label and (suffix == ".png" or name not in labels):
+            labels[name] = path
+    image_of: dict[str, Path] = {}
+    for image in images:
+        other = image_of.setdefault(label_name(image), image)
+        if other != image:
+            raise DataError(f"{other} and {image.name} have the same label; remove one of them")
+    others = [path for name, path in labels.items() if name not in image_of]
+    if others:
+        logger.warning(
+            "%s: %d of %d labels have no image and are left out: %s",
+            *(folder, len(others), len(labels), _name_some(others, folder)),
+        )
+    return [Pair(image, labels.get(name, folder / f"{name}.png")) for name, image in image_of.items()]
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _name_some(paths: list[Path], folder: Path) -> str:
+    return ", ".join(str(path.relative_to(folder)) for path in paths[:5]) + ", …" * bool(paths[5:])
 
 
 def read_list(list_file: Path, root: Path) -> list[Pair]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,6 +193,38 @@ def test_every_usual_picture_is_taken_and_what_is_left_out_is_named(tmp_path, ca
     (record,) = caplog.records
     left_out = "2 of 10 files are no pictures of this data set and are left out: 8.heic, notes.txt"
     assert record.getMessage() == f"{tmp_path}/train: {left_out}"
+
+
+LAYOUTS = {  # an image and its label
+    "camvid": ("train/{}.png", "trainannot/{}.png"),
+    "ade20k": ("images/training/{}.png", "annotations/training/{}.png"),
+    "lip": ("train_images/{}.png", "train_segmentations/{}.png"),
+    "cityscapes": (
+        "leftImg8bit/train/aachen/{}_leftImg8bit.png",
+        "gtFine/train/aachen/{}_gtFine_labelIds.png",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_labels_without_an_image_are_named_and_a_shared_one_is_refused(tmp_path, caplog, name):
+    image, label = (tmp_path / pattern for pattern in LAYOUTS[name])
+    for path in (image, label):
+        path.parent.mkdir(parents=True)
+        Image.new("L", (4, 3)).save(str(path).format("a"))
+    other = Path(str(label).format("b"))
+    other.write_bytes(Path(str(label).format("a")).read_bytes())
+    spec = find_dataset(tmp_path)
+    assert spec.name == name
+    (pair,) = list_samples(spec, tmp_path, "train")
+    assert pair == (Path(str(image).format("a")), Path(str(label).format("a")))
+    (record,) = caplog.records
+    assert re.search(
+        rf"^{tmp_path}/\S+: 1 of 2 labels have no image .*: \S*{other.name}$", record.getMessage()
+    )
+    pair.image.with_suffix(".jpg").write_bytes(pair.image.read_bytes())
+    with pytest.raises(DataError, match=r"a\S*\.jpg and a\S*\.png have the same label; remove one"):
+        list_samples(spec, tmp_path, "train")
 
 
 def test_hidden_files_and_other_endings_in_cityscapes(tmp_path, caplog):
