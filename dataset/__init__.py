@@ -79,7 +79,7 @@ def find_dataset(
         raise DataError(f"{root}: the data folder is empty")
     if name == "list":
         if num_classes is None:
-            raise DataUsageError("--dataset list needs --data-list and --num-classes")
+            raise DataUsageError("--dataset list needs --num-classes")
         return _list_dataset(num_classes, ignore_label)
     if name is None:
         name = _guess(root)

@@ -19,6 +19,7 @@ from dataset import (
 )
 from training.options import RunOptions
 from training.recipes import Recipe, transform_of
+from utils.arguments import UsageError
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,15 @@ def load_data(spec: DatasetSpec, recipe: Recipe, options: RunOptions) -> Trainin
 
 
 def find_data(options: RunOptions, recipe: Recipe, num_classes: int | None) -> tuple[DatasetSpec, Recipe]:
-    """The data set, and the recipe with its number of classes."""
+    """The data set, and the recipe with its number of classes.
+
+    Raises:
+        UsageError: a "list" whose file or number of classes is not given.
+        DataError: as of ``find_dataset``.
+    """
+    needed = {"--data-list": options.data_list, "--num-classes": num_classes}
+    missing = [flag for flag, value in needed.items() if value is None]
+    if options.dataset == "list" and missing:
+        raise UsageError(f"--dataset list needs {' and '.join(missing)}")
     spec = find_dataset(options.data_dir, options.dataset, num_classes, recipe.ignore_label)
     return spec, recipe.with_changes({"num_classes": spec.labels.num_classes}, {})

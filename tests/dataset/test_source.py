@@ -264,7 +264,7 @@ def test_ignore_label_0_means_that_classes_are_stored_as_1_to_n(tmp_path):
         (3, -1, "--ignore-label -1: label files hold 0 to 255"),
         (256, 255, "--num-classes 256: label files of 8 bits hold 1 to 255 classes"),
         (0, 255, "--num-classes 0: label files"),
-        (None, 255, "needs --data-list and --num-classes"),
+        (None, 255, "--dataset list needs --num-classes"),
     ],
 )
 def test_classes_that_do_not_fit_label_files(list_data, num_classes, ignore_label, message):

@@ -66,9 +66,14 @@ def test_usage_of_data(call, script, name, message, demo_data, trained):
 
 
 def test_a_list_needs_its_number_of_classes(call, list_data):
-    options = ("--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst")
-    result = call("train.py", *options, "--gpu", "cpu")
-    assert "needs --data-list and --num-classes" in one_line(result, "train.py", 2)
+    """What is missing is named, and only that."""
+    options = ("--data-dir", list_data, "--dataset", "list", "--gpu", "cpu")
+    line = one_line(call("train.py", *options), "train.py", 2)
+    assert line == "train.py: error: --dataset list needs --data-list and --num-classes"
+    line = one_line(call("train.py", *options, "--num-classes", 3), "train.py", 2)
+    assert line == "train.py: error: --dataset list needs --data-list"
+    line = one_line(call("train.py", *options, "--data-list", list_data / "train.lst"), "train.py", 2)
+    assert line == "train.py: error: --dataset list needs --num-classes"
 
 
 @pytest.mark.parametrize(
