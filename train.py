@@ -221,9 +221,9 @@ def train(run: Run, first_step: int) -> None:
                 log(run, step, window.read(step), progress)
                 freed_memory.give_back()
             if progress and is_due(max(recipe.num_steps // PICTURES, 1), step):
-                progress.pictures(
-                    step, panels(batch, logits, options.save_num_images, run.data.spec.labels, normalization)
-                )
+                labels, aligned = run.data.spec.labels, recipe.network.align_corners
+                shown = panels(batch, logits, options.save_num_images, labels, normalization, aligned)
+                progress.pictures(step, shown)
             if save_now:
                 save(run, step)
                 saved = step

@@ -42,17 +42,21 @@ class Stored:
 
 @dataclass(frozen=True)
 class Resized:
-    """A map resized bilinearly, corners aligned."""
+    """A map resized bilinearly, as ``F.interpolate`` does it."""
 
     source: Rows
     size: tuple[int, int]
+    align_corners: bool = True
 
     def rows(self, top: int, bottom: int) -> Tensor:
         if self.source.size == self.size:
             return self.source.rows(top, bottom)
         height, source_height = self.size[0], self.source.size[0]
-        scale = (source_height - 1) / (height - 1) if height > 1 else 0.0
-        position = torch.arange(top, bottom, dtype=torch.float64) * scale
+        position = torch.arange(top, bottom, dtype=torch.float64)
+        if self.align_corners:
+            position *= (source_height - 1) / max(height - 1, 1)
+        else:  # pixels are squares, of which the centres are compared
+            position = ((position + 0.5) * (source_height / height) - 0.5).clamp_(min=0)
         upper = position.floor().long().clamp_(max=source_height - 1)
         lower = (upper + 1).clamp_(max=source_height - 1)
         first = int(upper[0])
@@ -62,7 +66,8 @@ class Resized:
         part = torch.lerp(part.index_select(2, upper), part.index_select(2, lower), weight)
         if self.source.size[1] == self.size[1]:
             return part
-        return F.interpolate(part, (bottom - top, self.size[1]), mode="bilinear", align_corners=True)
+        size = bottom - top, self.size[1]
+        return F.interpolate(part, size, mode="bilinear", align_corners=self.align_corners)
 
 
 @dataclass(frozen=True)

@@ -23,19 +23,25 @@ def side_by_side(*pictures: np.ndarray) -> np.ndarray:
 
 
 def panels(
-    batch: Batch, logits: Tensor, count: int, labels: LabelTable, normalization: Normalization
+    batch: Batch,
+    logits: Tensor,
+    count: int,
+    labels: LabelTable,
+    normalization: Normalization,
+    align_corners: bool = True,
 ) -> list[np.ndarray]:
     """Image, label and prediction side by side, (H,W,3) uint8 RGB, of the first samples of a training batch.
 
     Args:
         logits: (b,N,h,w); of clips, one for each frame.
         count: how many samples at most; of a clip, its first frame.
+        align_corners: how the network's logits are enlarged.
     """
     images, targets = (
         x if batch.labels.dim() == 3 else x.select(-3, 0) for x in (batch.images, batch.labels)
     )
     logits = logits[:: len(batch.labels.flatten(0, -3)) // len(targets)][:count].float()
-    logits = F.interpolate(logits, targets.shape[1:], mode="bilinear", align_corners=True)
+    logits = F.interpolate(logits, targets.shape[1:], mode="bilinear", align_corners=align_corners)
     return [
         side_by_side(
             normalization.to_rgb(images[index].numpy()),

@@ -93,6 +93,7 @@ class Predictor:
         backbone = model.backbone
         self.normalization = Normalization(backbone.mean, backbone.std, backbone.channel_order)
         self.tile_size, self.clip = tile_size or trained[0], trained[1]
+        self._align_corners = getattr(model, "align_corners", True)
         # Normalisation layers cost nothing once they are part of the convolutions.
         self.network = fold_norms(model).to(self.device)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -180,7 +181,7 @@ class Predictor:
         size = view.shape[-2], view.shape[-1]
         frames = view.shape[2] if view.dim() == 5 else 1
         if self.goes_whole(frames * size[0] * size[1]):
-            return Resized(Stored(self._run(view)), size)
+            return Resized(Stored(self._run(view)), size, self._align_corners)
         height, width = (max(sides) for sides in zip(size, self.tile_size, strict=True))
         # Missing pixels are 0, the mean colour.
         view = F.pad(view, (0, width - size[1], 0, height - size[0]))
@@ -195,7 +196,7 @@ class Predictor:
             windows = [view[..., y : y + tile_height, x : x + tile_width] for y, x in group]
             logits = self._run(torch.cat(windows)).split(len(view) * frames)
             for part, (top, left) in zip(logits, group, strict=True):
-                tiles.append((Resized(Stored(part), self.tile_size), top, left))
+                tiles.append((Resized(Stored(part), self.tile_size, self._align_corners), top, left))
         return Tiled(tiles, size)
 
     def _run(self, inputs: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from dataset import Batch, Normalization, Sample, generic_table
 from evaluation.pictures import panels, prediction_writer, side_by_side
@@ -32,6 +33,16 @@ def test_panels_show_image_label_and_prediction(frames):
         assert tuple(panel[0, 0]) == (123, 117, 104)  # the mean, in RGB
         assert tuple(panel[0, 20]) == tuple(panel[0, -1]) == table.palette[index]
     assert len(panels(Batch(images, labels, torch.arange(2)), logits, 1, table, Normalization())) == 1
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_panels_enlarge_logits_as_the_network_does(aligned):
+    torch.manual_seed(0)
+    batch = Batch(torch.zeros(1, 3, 18, 34), torch.zeros(1, 18, 34, dtype=torch.uint8), torch.arange(1))
+    logits, table = torch.randn(1, 2, 3, 4), generic_table(2)
+    (panel,) = panels(batch, logits, 1, table, Normalization(), aligned)
+    ids = F.interpolate(logits, (18, 34), mode="bilinear", align_corners=aligned).argmax(1)[0].numpy()
+    assert (panel[:, -34:] == table.colour(ids)).all()
 
 
 def test_what_is_written_of_a_prediction(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from dataset import DATASETS, LabelTable
 from evaluation import Predictor, bands
@@ -42,7 +43,9 @@ def assert_same_classes(ids, logits):
 @pytest.mark.parametrize("size", [(57, 90), (41, 33), (20, 97)])
 @pytest.mark.parametrize("how", [True, False], ids=["whole", "sliding"])
 @pytest.mark.parametrize(("scales", "flip"), [((1.0,), False), ((0.7, 1.3), True)])
-def test_classes_are_those_of_the_test_protocol(model, monkeypatch, size, how, scales, flip):
+@pytest.mark.parametrize("aligned", [True, False])
+def test_classes_are_those_of_the_test_protocol(model, monkeypatch, size, how, scales, flip, aligned):
+    monkeypatch.setattr(model, "align_corners", aligned)
     monkeypatch.setattr(bands, "BAND_BYTES", 4 * 4 * size[1] * 7)  # bands of 7 rows
     predictor = Predictor(
         model, "cpu", amp="off", labels=TABLE, whole=how, tile_size=(33, 41), scales=scales, flip=flip
@@ -121,6 +124,17 @@ def test_no_band_is_larger_than_stated(monkeypatch):
     logits = torch.randn(1, 3, 33, 100)
     assert torch.equal(bands.class_ids(Source(logits)), logits.argmax(1).to(torch.uint8))
     assert max(asked) == 5
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("size", [(70, 90), (9, 7), (1, 90), (70, 11), (12, 1)])
+def test_bands_are_those_of_the_whole(size, aligned):
+    logits = torch.randn(2, 3, 9, 11, dtype=torch.float64)
+    whole_map = F.interpolate(logits, size, mode="bilinear", align_corners=aligned)
+    resized = bands.Resized(bands.Stored(logits), size, aligned)
+    for top in range(0, size[0], 4):
+        bottom = min(top + 4, size[0])
+        torch.testing.assert_close(resized.rows(top, bottom), whole_map[:, :, top:bottom])
 
 
 def test_names_and_colours(model):
