@@ -25,15 +25,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cc_attention import CrissCrossAttention, reference
-from dataset import DATASETS, DataError, LabelTable, Normalization, generic_table
+from dataset import DATASETS, LabelTable, Normalization
 from dataset.demo import draw_scene
+from evaluation.predictor import labels_of
 from networks import NetworkConfig, Segmenter, fold_norms, load_model, mmsegmentation, restore_model
 from networks.names import REFERENCE, difference
 from training.recipes import CITYSCAPES
 from training.resumption import saved_recipe
 from training.snapshots import find_checkpoint
 from utils.arguments import OutputError, Parser, UsageError, add_flags, run_script, take_flags
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.fields import setting
 
 OPSET = 18  # onnxruntime takes it since version 1.14; files have IR version 10, which 1.18 reads
@@ -62,11 +63,15 @@ class ExportOptions:
         None, "rounds R of criss-cross attention (default: the checkpoint's)", group="network", min=0
     )
     dataset: str | None = setting(
-        None, "whose names and colours classes have, where the checkpoint has none", group="network",
+        None, "whose names and colours classes have (default: the checkpoint's)", group="network",
         choices=lambda: tuple(DATASETS),
     )  # fmt: skip
     num_classes: int | None = setting(
-        None, "instead of --dataset: classes without names", group="network", min=1, max=255
+        None,
+        "classes of a checkpoint without class names, which get numbers",
+        group="network",
+        min=1,
+        max=255,
     )
     output: Path = setting(
         None, "file to write: .onnx, .pt2, or .pth with --names", group="export", required=True
@@ -113,7 +118,7 @@ def main() -> None:
     refuse_clips(contents, path)
     given = {} if options.recurrence is None else {"recurrence": options.recurrence}
     model, config = restore_model(contents, path, **given)
-    labels = labels_of(contents, config, path, options)
+    labels = classes_of(contents, config, path, options)
     output = options.output
     if output.resolve() == path.resolve():
         raise UsageError(f"--output {output} is the checkpoint itself")
@@ -151,34 +156,21 @@ def refuse_clips(contents: dict[str, Any], path: Path) -> None:
         )
 
 
-def labels_of(
+def classes_of(
     contents: dict[str, Any], config: NetworkConfig, path: Path, options: ExportOptions
 ) -> LabelTable:
     """Names and colours of the classes: the checkpoint's, or what the command line says.
 
     Raises:
-        DataError: there are none, or not as many as the network has classes.
+        CheckpointError: there are none, or not as many as the network has classes.
     """
-    count, data = config.num_classes, contents.get("data")
-    if options.dataset:
-        labels = DATASETS[options.dataset].labels
-    elif options.num_classes:
-        labels = generic_table(options.num_classes)
-    elif isinstance(data, dict) and {"names", "palette", "ids"} <= data.keys():
-        try:
-            labels = LabelTable(tuple(data["names"]), tuple(data["ids"]), tuple(map(tuple, data["palette"])))
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{path}: its class names are damaged ({error})") from None
-    elif named := mmsegmentation.class_names(contents):
-        names, palette = named
-        labels = LabelTable(names, tuple(range(len(names))), palette or generic_table(len(names)).palette)
-    else:
-        raise DataError(
-            f"{path}: holds no class names; give --dataset NAME for those of a known data set, "
-            f"or --num-classes {count}"
+    if options.dataset is None:
+        return labels_of(contents, path, config.num_classes, options.num_classes)
+    labels = DATASETS[options.dataset].labels
+    if labels.num_classes != config.num_classes:
+        raise CheckpointError(
+            f"{path}: the network has {config.num_classes} classes, not {labels.num_classes}"
         )
-    if labels.num_classes != count:
-        raise DataError(f"{path}: the network has {count} classes, not {labels.num_classes}")
     return labels
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dataset import DATASETS, LabelTable, Normalization, generic_table
 from evaluation.bands import Mean, Mirrored, Resized, Rows, Stored, Tiled, class_ids
 from evaluation.inference import tile_starts, with_autocast
-from networks import Segmenter, fold_norms, restore_model
+from networks import Segmenter, fold_norms, mmsegmentation, restore_model
 from utils.checkpoint import CheckpointError, load_checkpoint
 
 CITYSCAPES = DATASETS["cityscapes"].labels
@@ -215,8 +215,8 @@ def labels_of(
 ) -> LabelTable:
     """The classes that a checkpoint names.
 
-    Checkpoints from before they held names tell their data set; a plain state dict of 19 classes is taken
-    for Cityscapes.
+    Those of train.py and mmsegmentation hold them, ours from before that tell their data set; a plain state
+    dict of 19 classes is taken for Cityscapes.
 
     Args:
         classes: the network's.
@@ -225,18 +225,11 @@ def labels_of(
     Raises:
         CheckpointError: no names, or a table that does not fit the network.
     """
-    data, settings = contents.get("data"), contents.get("settings")
-    table: LabelTable | None = None
-    if isinstance(data, Mapping) and "names" in data:
-        try:
-            table = _table_from(data)
-        except (TypeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path}: its table of classes is damaged ({error})") from None
-    elif isinstance(settings, Mapping) and settings.get("dataset") in DATASETS:
-        table = DATASETS[str(settings["dataset"])].labels
-    elif isinstance(settings, Mapping) and settings.get("dataset") == "list":
-        table = generic_table(classes)
-    elif num_classes is None and classes == CITYSCAPES.num_classes:
+    try:
+        table = _table_in(contents, classes)
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: its table of classes is damaged ({error})") from None
+    if table is None and num_classes is None and classes == CITYSCAPES.num_classes:
         table = CITYSCAPES
     found = classes if table is None else table.num_classes
     if num_classes not in (None, classes):
@@ -270,7 +263,17 @@ def available_memory(device: torch.device) -> int:
     return max(min(bounds, default=2**32), 0)
 
 
-def _table_from(data: Mapping[str, Any]) -> LabelTable:
+def _table_in(contents: Mapping[str, Any], classes: int) -> LabelTable | None:
+    """The table of a checkpoint of ours, old or new, or of mmsegmentation; None: there is none."""
+    data, settings = contents.get("data"), contents.get("settings")
+    if not (isinstance(data, Mapping) and "names" in data):
+        if named := mmsegmentation.class_names(contents):
+            data = {"names": named[0], "palette": named[1] or generic_table(len(named[0])).palette}
+        elif isinstance(settings, Mapping) and settings.get("dataset") in DATASETS:
+            return DATASETS[settings["dataset"]].labels
+        else:
+            is_list = isinstance(settings, Mapping) and settings.get("dataset") == "list"
+            return generic_table(classes) if is_list else None
     names = tuple(str(name) for name in data["names"])
     palette = tuple((int(red), int(green), int(blue)) for red, green, blue in data["palette"])
     pairs = tuple((int(left), int(right)) for left, right in data.get("mirror_pairs", ()))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dataset import DATASETS, LabelTable
+from dataset import DATASETS, LabelTable, generic_table
 from evaluation import Predictor, bands
 from evaluation.inference import multi_scale, sliding, whole
 from evaluation.predictor import CITYSCAPES, PredictionError, available_memory, labels_of
@@ -160,6 +160,19 @@ def test_names_in_checkpoints():
     assert labels_of({"settings": {"dataset": "list"}}, path, 2).names == ("class 0", "class 1")
 
 
+@pytest.mark.parametrize("classes", [7, 19])
+def test_names_in_files_of_mmsegmentation(classes):
+    names, palette = [f"thing {i}" for i in range(classes)], [[i, 2, 3] for i in range(classes)]
+    described = {"meta": {"dataset_meta": {"classes": names, "palette": palette}}}
+    table = labels_of(described, Path("x.pth"), classes)
+    assert table.names == tuple(names)
+    assert table.palette == tuple(map(tuple, palette))
+    assert table.ids == tuple(range(classes))
+    del described["meta"]["dataset_meta"]["palette"]
+    table = labels_of(described, Path("x.pth"), classes)
+    assert (table.names, table.palette) == (tuple(names), generic_table(classes).palette)
+
+
 @pytest.mark.parametrize(
     ("contents", "classes", "given", "message"),
     [
@@ -169,6 +182,8 @@ def test_names_in_checkpoints():
         ({"data": {"names": ("a",), "palette": ((1, 2),)}}, 1, None, "table of classes is damaged"),
         ({"data": {"names": ("a", "b"), "palette": ((1, 2, 3),)}}, 2, None, "table of classes is damaged"),
         ({"data": {"names": None, "palette": ()}}, 2, None, "table of classes is damaged"),
+        ({"meta": {"CLASSES": ["a", "b"], "PALETTE": [1, 2]}}, 2, None, "table of classes is damaged"),
+        ({"meta": {"CLASSES": ["a", "b"]}}, 19, None, "names 2 classes, but its network has 19"),
     ],
 )
 def test_names_that_do_not_fit(contents, classes, given, message):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import export
-from dataset import Normalization, generic_table
+from dataset import DATASETS, Normalization, generic_table
 from evaluation.inference import whole
 from networks import NetworkConfig, build_model, load_model
 from networks.mmsegmentation import NETWORK, to_mmsegmentation
@@ -101,7 +101,7 @@ def test_damaged_names(call, trained, tmp_path):
     torch.save(contents, tmp_path / "x.pth")
     result = call("export.py", "--restore-from", tmp_path / "x.pth", "--output", tmp_path / "x.pt2")
     assert result.status == 1
-    assert "its class names are damaged" in result.error
+    assert "its table of classes is damaged" in result.error
 
 
 def test_what_cannot_be_traced(plain, tmp_path):
@@ -117,11 +117,18 @@ def test_names_of_the_checkpoint(trained):
     """A checkpoint of train.py has its classes' names and stored ids."""
     contents, (_, config) = load_checkpoint(trained), load_model(trained)
     options = export.ExportOptions(restore_from=trained, output=trained.with_suffix(".pt2"))
-    labels = export.labels_of(contents, config, trained, options)
+    labels = export.classes_of(contents, config, trained, options)
     described = export.metadata(config, labels, trained, full=False)
     assert json.loads(described["class_names"])[:2] == ["road", "sidewalk"]
     assert json.loads(described["label_ids"])[:2] == [7, 8]
     assert described["checkpoint_sha256"] == hashlib.sha256(trained.read_bytes()).hexdigest()
+
+
+def test_names_of_a_checkpoint_from_before_it_held_them(plain):
+    config = NetworkConfig(num_classes=11, backbone="resnet18")
+    options = export.ExportOptions(restore_from=plain, output=plain.with_suffix(".pt2"))
+    labels = export.classes_of({"settings": {"dataset": "camvid"}}, config, plain, options)
+    assert labels == DATASETS["camvid"].labels
 
 
 def test_weights_for_the_reference(plain, tmp_path):
