@@ -99,8 +99,9 @@ class PredictOptions:
 def parse_args(argv: list[str] | None = None) -> PredictOptions:
     parser = Parser(__doc__)
     parser.add_argument(
-        "--input", type=Path, nargs="+", required=True, metavar="PATH", help="pictures, folders, videos"
-    )
+        "--input", type=Path, nargs="+", action="extend", required=True, metavar="PATH",
+        help="pictures, folders, videos",
+    )  # fmt: skip
     add_flags(parser, PredictOptions)
     namespace = parser.parse_args(argv)
     return PredictOptions(input=tuple(namespace.input), **take_flags(PredictOptions, namespace))

@@ -142,6 +142,14 @@ def test_inputs_of_one_name(predict, tmp_path):
     assert sizes == {"x_png.png": (20, 30), "x_png_2.png": (21, 30), "X_bmp.png": (22, 30)}
 
 
+def test_inputs_of_several_flags(predict, tmp_path):
+    for name in ("a", "b"):
+        Image.fromarray(random_picture(20, 30)).save(tmp_path / f"{name}.png")
+    result = predict(tmp_path / "a.png", "--input", tmp_path / "b.png")
+    assert result.status == 0, result.error
+    assert written(tmp_path / "out" / "ids") == ["a.png", "b.png"]
+
+
 def test_an_unreadable_file_among_others(predict, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
