@@ -24,7 +24,7 @@ from evaluation.attention_page import (
     check_point,
     heat_pictures,
 )
-from evaluation.inputs import InputFile, find_inputs
+from evaluation.inputs import LEGEND, InputFile, find_inputs
 from evaluation.options import AMP
 from evaluation.pipeline import Background, iterate_ahead, read_ahead
 from evaluation.prediction_files import (
@@ -134,11 +134,11 @@ def main() -> None:
         run.finish(len(files), "attention")
         return
     prepare_folder(options.output_dir, ("colour", "ids", "overlay"))
-    write_legend(options.output_dir / "legend.png", predictor.labels)
+    write_legend(options.output_dir / LEGEND, predictor.labels)
     with run.bar:
         run.predict_pictures([file for file in files if not file.is_video])
         run.predict_videos([file for file in files if file.is_video])
-    run.finish(len(files), "colour, ids, overlay, legend.png")
+    run.finish(len(files), f"colour, ids, overlay, {LEGEND}")
 
 
 class Run:

@@ -14,7 +14,7 @@ from dataset.labels import DataError, DataUsageError, LabelTable
 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".jp2",
-    ".ppm", ".pgm", ".pbm", ".pnm",
+    ".avif", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)

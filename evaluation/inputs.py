@@ -1,5 +1,6 @@
 """Pictures and videos that a user names, and what their predictions are called."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ from dataset.source import IMAGE_SUFFIXES
 from evaluation.video import VIDEO_SUFFIXES
 from utils.arguments import UsageError
 
-FOLDERS = ("colour", "ids", "overlay", "attention")  # within the output folder
+FOLDERS, LEGEND = ("colour", "ids", "overlay", "attention"), "legend.png"  # within the output folder
+
+logger = logging.getLogger(__name__)
 
 
 class InputFile(NamedTuple):
@@ -25,7 +28,8 @@ class InputFile(NamedTuple):
 
 
 def find_inputs(inputs: Sequence[Path], output_dir: Path) -> list[InputFile]:
-    """The files of ``--input``; folders are searched with all below them, hidden files are passed over.
+    """The files of ``--input``; folders are searched with all below them. Hidden files and results of
+    earlier calls are passed over; what else is left out there is named in a warning.
 
     Results are named after the files, those of a folder by their path in it. Where several would have one
     name, the ending becomes a part of it (``a_jpg``, ``a_png``), and if they still do, a number.
@@ -54,21 +58,26 @@ def find_inputs(inputs: Sequence[Path], output_dir: Path) -> list[InputFile]:
 
 
 def _search(folder: Path, output_dir: Path) -> list[Path]:
-    results = [(output_dir / name).resolve() for name in FOLDERS]  # of an earlier call
+    results = [(output_dir / name).resolve() for name in (*FOLDERS, LEGEND)]  # of an earlier call
     suffixes = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
     files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
-    found = [
-        path
-        for path in files
-        if path.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not any(path.resolve().is_relative_to(result) for result in results)
-    ]
+    found: list[Path] = []
+    others: list[Path] = []
+    for path in files:
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not is_hidden and not any(path.resolve().is_relative_to(result) for result in results):
+            (found if path.suffix.lower() in suffixes else others).append(path)
     if not files:
         raise DataError(f"{folder}: this folder is empty")
     if not found:
         raise DataError(
             f"{folder}: no picture or video in this folder and those below it (.png, .jpg, .tif, .mp4 …)"
+        )
+    if others:
+        names = ", ".join(str(path.relative_to(folder)) for path in others[:5])
+        logger.warning(
+            "%s: %d of %d files are no pictures or videos by their endings and are left out: %s",
+            *(folder, len(others), len(found) + len(others), names + (", …" if others[5:] else "")),
         )
     return found
 

@@ -103,7 +103,7 @@ def test_the_protocol(predict, checkpoint, tmp_path):
     assert (ids != Predictor(checkpoint, "cpu", amp="off")(image)).any()
 
 
-def test_kinds_of_pictures(predict, tmp_path):
+def test_kinds_of_pictures(predict, tmp_path, caplog):
     """All of these show the same grey picture, so all predictions are the same."""
     grey = random_picture(30, 42)[..., 0]
     folder = tmp_path / "in"
@@ -120,8 +120,11 @@ def test_kinds_of_pictures(predict, tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # to be shown turned by a quarter
     Image.fromarray(np.rot90(grey)).save(folder / "turned.png", exif=exif)
+    (folder / "below" / "heic").touch()
     result = predict(folder)
     assert result.status == 0, result.error
+    assert caplog.messages[0].startswith(f"{folder}: 2 of 9 files are no pictures or videos")
+    assert caplog.messages[0].endswith("are left out: below/heic, notes.txt")
     names = ["alpha", "below/UPPER", "bits16", "colour", "grey", "palette", "turned"]
     out = tmp_path / "out"
     assert written(out / "ids") == [f"{name}.png" for name in names]
@@ -240,11 +243,14 @@ def test_output_folders_that_would_destroy_their_input(predict, tmp_path):
     assert (tmp_path / "in" / "ids" / "a.png").read_bytes() == before
 
 
-def test_results_of_an_earlier_call_are_no_input(tmp_path):
-    for name in ("a.png", "out/ids/a.png", "out/overlay/a.png", "out/b.png"):
+def test_results_of_an_earlier_call_are_no_input(tmp_path, caplog):
+    (tmp_path / "out" / "attention").mkdir(parents=True)
+    (tmp_path / "out" / "attention" / "a.html").touch()
+    for name in ("a.png", "out/ids/a.png", "out/overlay/a.png", "out/b.png", "out/legend.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random_picture(20, 30)).save(tmp_path / name)
     assert [file.name for file in find_inputs([tmp_path], tmp_path / "out")] == ["a", "out/b"]
+    assert not caplog.records
     with pytest.raises(UsageError):
         find_inputs([tmp_path / "out" / "ids" / "a.png"], tmp_path / "out")
 
