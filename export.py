@@ -28,7 +28,7 @@ from cc_attention import CrissCrossAttention, reference
 from dataset import DATASETS, LabelTable, Normalization
 from dataset.demo import draw_scene
 from evaluation.predictor import labels_of
-from networks import NetworkConfig, Segmenter, fold_norms, load_model, mmsegmentation, restore_model
+from networks import HEADS, NetworkConfig, Segmenter, fold_norms, load_model, mmsegmentation, restore_model
 from networks.names import REFERENCE, difference
 from training.recipes import CITYSCAPES
 from training.resumption import saved_recipe
@@ -131,7 +131,11 @@ def main() -> None:
     try:
         if options.names:
             write_weights(options.names, model, config, labels, temporary)
-            check(Logits(model), Logits(load_model(temporary, **given)[0]), config, full=False)
+            # A state dict does not hold them.
+            untold = {name: getattr(config, name) for name in HEADS[config.model].options}
+            check(Logits(model), Logits(load_model(temporary, **untold)[0]), config, full=False)
+            if config.recurrence != NetworkConfig().recurrence:
+                print(f"R = {config.recurrence} is not in these weights: whoever loads them has to set it")
         else:
             module = (Full if options.full else Logits)(fold_norms(model), config).eval()
             write = write_onnx if output.suffix == ".onnx" else write_pt2

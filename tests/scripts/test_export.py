@@ -145,13 +145,16 @@ def test_weights_for_the_reference(plain, tmp_path):
 
 def test_weights_for_mmsegmentation(call, tmp_path):
     torch.manual_seed(0)
-    config = NetworkConfig(**NETWORK, backbone="resnet50", num_classes=CLASSES)
+    config = NetworkConfig(**NETWORK, backbone="resnet50", num_classes=CLASSES, recurrence=1)
     model = build_model(config)
+    model.head.cca.gamma.data.fill_(2)
+    model.head.classifier.weight.data.normal_()
     torch.save({"model": model.state_dict(), "network": config.to_dict()}, tmp_path / "ours.pth")
     output = ("--output", tmp_path / "theirs.pth")
     common = ("export.py", "--restore-from", tmp_path / "ours.pth", "--num-classes", CLASSES)
     result = call(*common, *output, "--names", "mmsegmentation")
     assert result.status == 0, result.error
+    assert "R = 1 is not in these weights: whoever loads them has to set it\n" in result.out
     contents = load_checkpoint(tmp_path / "theirs.pth")
     assert contents["state_dict"]["decode_head.cca.gamma.scale"].shape == ()
     assert contents["meta"]["dataset_meta"]["classes"][0] == "class 0"
