@@ -224,14 +224,43 @@ class Formula(nn.Module):
         return x + layer.gamma * reference.criss_cross_attention(query, key, value)
 
 
+class BinMeans(nn.Module):
+    """AdaptiveAvgPool2d as a product with two matrices that depend on the input's size.
+
+    ONNX has pooling with fixed windows only, so that the traced size's would stay.
+    """
+
+    def __init__(self, bins: int) -> None:
+        super().__init__()
+        self.bins = bins
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = (self.averaging(length, x.device).to(x.dtype) for length in x.shape[2:])
+        return rows @ x @ columns.T
+
+    def averaging(self, length: int, device: torch.device) -> Tensor:
+        """(bins,length): bin i is the mean of floor(i·length/bins) to before ceil((i+1)·length/bins)."""
+        position, index = (torch.arange(count, device=device) for count in (length, self.bins))
+        index = index[:, None]
+        start = index * length // self.bins
+        end = ((index + 1) * length + self.bins - 1) // self.bins
+        inside = ((position >= start) & (position < end)).float()
+        return inside / inside.sum(dim=1, keepdim=True)
+
+
 def with_formula(module: Logits) -> Logits:
-    """A copy with ``Formula`` in the place of criss-cross attention; it shares the module's parameters."""
+    """A copy with ``Formula`` in the place of criss-cross attention, and ``BinMeans`` of adaptive pooling.
+
+    It shares the module's parameters.
+    """
     shared: dict[int, Any] = {id(x): x for x in (*module.parameters(), *module.buffers())}
     changed = copy.deepcopy(module, shared)
     for parent in list(changed.modules()):
         for name, child in parent.named_children():
             if isinstance(child, CrissCrossAttention):
                 setattr(parent, name, Formula(child))
+            elif isinstance(child, nn.AdaptiveAvgPool2d) and isinstance(child.output_size, int):
+                setattr(parent, name, BinMeans(child.output_size))
     return changed
 
 
@@ -324,8 +353,25 @@ def write_onnx(module: Logits, described: dict[str, str], path: Path) -> Runner:
         program.model.metadata_props.update(described)
         program.save(path, external_data=False)
         onnx.checker.check_model(str(path))
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+        with onnxruntime_errors():
+            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        with onnxruntime_errors():
+            return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    return run
+
+
+@contextmanager
+def onnxruntime_errors() -> Iterator[None]:
+    """Within it an error of onnxruntime is an ExportError of one line."""
+    try:
+        yield
+    except Exception as error:  # its own have no class in common
+        raise ExportError(
+            f"onnxruntime cannot run the exported file ({' '.join(str(error).split())}); it was not kept"
+        ) from None
 
 
 def write_pt2(module: Logits, described: dict[str, str], path: Path) -> Runner:

@@ -23,13 +23,13 @@ class PyramidPooling(nn.Module):
         self.branches = nn.ModuleList(
             conv_norm(nn.Conv2d(channels, channels // len(BINS), 1, bias=False), norm) for _ in BINS
         )
+        self.pools = nn.ModuleList(nn.AdaptiveAvgPool2d(bins) for bins in BINS)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,C,h,w) → (B,2C,h,w), for C divisible by 4."""
         parts = [x]
-        for bins, branch in zip(BINS, self.branches, strict=True):
-            pooled = branch(F.adaptive_avg_pool2d(x, bins))
-            parts.append(F.interpolate(pooled, x.shape[2:], mode="bilinear", align_corners=True))
+        for pool, branch in zip(self.pools, self.branches, strict=True):
+            parts.append(F.interpolate(branch(pool(x)), x.shape[2:], mode="bilinear", align_corners=True))
         return torch.cat(parts, dim=1)
 
 

@@ -7,11 +7,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import export
 from dataset import DATASETS, Normalization, generic_table
 from evaluation.inference import whole
 from networks import NetworkConfig, build_model, load_model
+from networks.heads.psp import PyramidPooling
 from networks.mmsegmentation import NETWORK, to_mmsegmentation
 from utils.checkpoint import load_checkpoint
 
@@ -93,6 +96,57 @@ def test_onnx_logits(call, plain, tmp_path):
         with torch.inference_mode():
             expected = network(images)["out"]
         torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 9), (6, 12), (17, 13)])
+@pytest.mark.parametrize("bins", [1, 2, 3, 6])
+def test_means_of_bins_are_adaptive_pooling(size, bins):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(export.BinMeans(bins)(x), F.adaptive_avg_pool2d(x, bins), rtol=0, atol=1e-7)
+
+
+class Pyramid(nn.Module):
+    """Nothing but pyramid pooling."""
+
+    def __init__(self):
+        super().__init__()
+        self.pooling = PyramidPooling(4, nn.BatchNorm2d)
+
+    def forward(self, images):
+        return {"out": self.pooling(images[:, [0, 1, 2, 0], ::2, ::2])}
+
+
+@pytest.fixture
+def pyramid():
+    torch.manual_seed(0)
+    return export.Logits(Pyramid()).eval()
+
+
+def test_pyramid_pooling_is_replaced(pyramid):
+    replaced, images = export.with_formula(pyramid), torch.randn(1, 3, 49, 70)
+    assert sum(isinstance(layer, export.BinMeans) for layer in replaced.modules()) == 4
+    with torch.inference_mode():
+        torch.testing.assert_close(replaced(images), pyramid(images), rtol=1e-4, atol=1e-5)
+
+
+def test_pyramid_pooling_in_onnx_takes_any_size(pyramid, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed (the extra export)")
+    run = export.write_onnx(export.with_formula(pyramid), {}, tmp_path / "x.onnx")
+    for batch, height, width in ((1, 43, 70), (3, 64, 49)):
+        images = torch.randn(batch, 3, height, width)
+        with torch.inference_mode():
+            torch.testing.assert_close(run(images), pyramid(images), rtol=1e-4, atol=1e-4)
+
+
+def test_what_onnxruntime_cannot_run():
+    with (
+        pytest.raises(
+            export.ExportError, match=r"cannot run the exported file \(bad index\); it was not kept"
+        ),
+        export.onnxruntime_errors(),
+    ):
+        raise ArithmeticError("bad\n  index")
 
 
 def test_damaged_names(call, trained, tmp_path):
