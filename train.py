@@ -28,7 +28,7 @@ from training.options import RunOptions
 from training.progress import LossWindow, Progress, was_logged
 from training.provenance import describe, summary, write_run_file
 from training.recipes import Recipe, format_recipe
-from training.resumption import Resumed, check_same_start, find_resumed, restore, run_state
+from training.resumption import Resumed, check_same_start, find_resumed, restore, resumption_lines, run_state
 from training.snapshots import Snapshots, checkpoint_size, find_checkpoint
 from training.step import TrainStep, build_step, make_deterministic, set_rates
 from utils.arguments import run_script
@@ -82,7 +82,7 @@ def main() -> None:
             with process.all_or_none():
                 if process.is_main:
                     stack.enter_context(run.snapshots.locked())
-                    prepare(run, first_step)
+                    prepare(run, first_step, resumed)
             train(run, first_step)
     if run.interruption.signum:
         sys.exit(128 + run.interruption.signum)
@@ -150,7 +150,7 @@ def build(command: Command, resumed: Resumed | None, process: Process) -> Run:
     return Run(recipe, options, process, data, step, snapshots)
 
 
-def prepare(run: Run, first_step: int) -> None:
+def prepare(run: Run, first_step: int, resumed: Resumed | None) -> None:
     """Check the folder, print the summary, write ``run.json``."""
     options, network, data = run.options, run.step.network, run.data
     steps = max(run.recipe.num_steps - first_step, 0)
@@ -162,7 +162,8 @@ def prepare(run: Run, first_step: int) -> None:
         best=steps > 0 and options.val_every > 0,
     )
     norm = next((type(x).__name__ for x in network.modules() if isinstance(x, libs.ABN)), "no ABN")
-    lines = [f"data      {data.spec.name}, {len(data.train.pairs)} images", *data.remarks]
+    lines = resumption_lines(resumed, run.recipe, run.process.world_size) if resumed else []
+    lines += [f"data      {data.spec.name}, {len(data.train.pairs)} images", *data.remarks]
     lines += summary(run.recipe, options, run.step, len(data.train.pairs), first_step)
     lines += [f"attention {cc_attention.backend()}", f"norm      {norm}; {libs.backend()}"]
     print("\n".join(lines))

@@ -124,8 +124,7 @@ def restore(resumed: Resumed, train_step: TrainStep, recipe: Recipe, images: str
     """Restore what ``run_state`` saved; returns the step to go on with.
 
     Args:
-        recipe: of this run, whose optimiser settings hold from now on. Fields that differ from the
-            checkpoint's are printed.
+        recipe: of this run, whose optimiser settings hold from now on.
         images: fingerprint of this run's images.
 
     Raises:
@@ -152,14 +151,19 @@ def restore(resumed: Resumed, train_step: TrainStep, recipe: Recipe, images: str
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: cannot be resumed, its contents are damaged ({reason})") from None
-    if process.is_main:
-        print(f"resuming {path} at step {step}")
-        changed = changes(resumed.recipe, recipe)
-        if changed:
-            print(f"not the same run any more, since these settings changed: {', '.join(changed)}")
-        if len(states) != process.world_size:
-            print(f"processes {len(states)} → {process.world_size}: the same numbers up to rounding")
     return step
+
+
+def resumption_lines(resumed: Resumed, recipe: Recipe, world_size: int) -> list[str]:
+    """What a run that was restored says of its checkpoint, and what is not as it was there."""
+    lines = [f"resuming {resumed.path} at step {resumed.checkpoint['step']}"]
+    changed = changes(resumed.recipe, recipe)
+    if changed:
+        lines.append(f"not the same run any more, since these settings changed: {', '.join(changed)}")
+    processes = len(resumed.checkpoint["random_states"])
+    if processes != world_size:
+        lines.append(f"processes {processes} → {world_size}: the same numbers up to rounding")
+    return lines
 
 
 def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:

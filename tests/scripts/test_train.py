@@ -234,6 +234,7 @@ def test_a_branch_does_not_mix_with_later_checkpoints(call, demo_data, trained, 
     result = call("train.py", *options, "--batch-size", 2, "--num-steps", 3)
     assert result.status == 1
     assert "holds CS_scenes_9.pth, which is later than step 2" in result.error
+    assert result.out == ""
 
 
 def test_an_earlier_run_is_not_overwritten(call, demo_data, trained):
