@@ -10,7 +10,8 @@ from dataset import Batch
 from networks import build_model
 from tests.scripts.conftest import ROOT, log_of, same_tensors
 from training.criterion import build_criterion
-from training.step import PRECISIONS, TrainStep, build_optimizer
+from training.recipes import PRECISIONS
+from training.step import TrainStep, build_optimizer
 from utils.checkpoint import load_checkpoint
 from utils.distributed import Process
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from dataset import AffineTransform, DatasetSpec, Normalization, TrainTransform
 from networks.config import NetworkConfig
 from training.category_loss import KINDS
@@ -15,7 +17,8 @@ from training.schedule import SCHEDULES
 from utils.arguments import UsageError, flag_of, format_value
 from utils.fields import check_fields, from_dict, setting, to_dict
 
-PRECISIONS = ("off", "bf16", "fp16")
+# The dtype that convolutions and attention compute in.
+PRECISIONS: dict[str, torch.dtype | None] = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from dataset import DatasetSpec
 from networks.config import FLAT_SETTINGS, NetworkConfig
 from training.recipes import Recipe, changes, recipe_from_dict, recipe_to_dict
-from training.snapshots import find_checkpoint, newest_checkpoint
+from training.snapshots import find_checkpoint, newest_or_best
 from training.step import TrainStep, complete_momentum
 from utils.arguments import UsageError, flag_of
 from utils.checkpoint import (
@@ -72,8 +72,7 @@ def find_resumed(resume: str | None, directory: Path) -> Resumed | None:
     """
     if resume is None:
         return None
-    newest = newest_checkpoint(directory) or next(directory.glob("*_best.pth"), None)
-    path = find_checkpoint(Path(resume)) if resume else newest
+    path = find_checkpoint(Path(resume)) if resume else newest_or_best(directory)
     if path is None:
         return None
     checkpoint = load_checkpoint(path)

@@ -39,11 +39,6 @@ class Snapshots:
         self.directory, self.prefix, self.keep_last = directory, prefix, keep_last
         self.best_path = directory / f"{prefix}_best.pth"
 
-    def newest(self) -> Path | None:
-        """The checkpoint of the highest step; the best, if no other has been written yet."""
-        best = self.best_path if self.best_path.is_file() else None
-        return newest_checkpoint(self.directory, self.prefix) or best
-
     def save(self, contents: dict[str, Any], step: int) -> Path:
         """Write the checkpoint of a step.
 
@@ -138,9 +133,14 @@ def checkpoints(directory: Path, prefix: str = "") -> list[Path]:
     return sorted((path for path in directory.glob("*.pth") if named.fullmatch(path.name)), key=step_of)
 
 
-def newest_checkpoint(directory: Path, prefix: str = "") -> Path | None:
+def newest_checkpoint(directory: Path) -> Path | None:
     """The checkpoint of the highest step in a folder."""
-    return next(reversed(checkpoints(directory, prefix)), None)
+    return next(reversed(checkpoints(directory)), None)
+
+
+def newest_or_best(directory: Path) -> Path | None:
+    """The checkpoint of the highest step in a folder; its best, if no other has been written yet."""
+    return newest_checkpoint(directory) or next(directory.glob("*_best.pth"), None)
 
 
 def step_of(path: Path) -> int:
@@ -149,14 +149,14 @@ def step_of(path: Path) -> int:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The file itself, or the newest checkpoint of a folder; its best, if there is no other.
+    """The file itself, or what ``newest_or_best`` finds in a folder.
 
     Raises:
         CheckpointError: the folder has none.
     """
     if not path.is_dir():
         return path
-    newest = newest_checkpoint(path) or next(path.glob("*_best.pth"), None)
+    newest = newest_or_best(path)
     if newest is None:
         raise CheckpointError(f"{path}: no checkpoint <name>_<step>.pth in this folder")
     return newest

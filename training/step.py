@@ -16,13 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataset import Batch
 from training.criterion import CRITERIA, Criterion, Losses, Part
-from training.recipes import Recipe
+from training.recipes import PRECISIONS, Recipe
 from training.replicas import Replicas
 from training.schedule import SCHEDULES
 from utils.distributed import Process, is_out_of_memory
-
-# --amp: the dtype that convolutions and attention compute in.
-PRECISIONS: dict[str, torch.dtype | None] = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingError(RuntimeError):

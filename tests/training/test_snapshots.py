@@ -4,16 +4,22 @@ import pytest
 import torch
 
 from training import snapshots as module
-from training.snapshots import Snapshots, check_room, checkpoints, find_checkpoint, newest_checkpoint
+from training.snapshots import (
+    Snapshots,
+    check_room,
+    checkpoints,
+    find_checkpoint,
+    newest_checkpoint,
+    newest_or_best,
+)
 from utils.checkpoint import CheckpointError, load_checkpoint
 
 
 def test_newest_is_the_highest_step_not_the_last_name(tmp_path):
     for name in ("a_9.pth", "a_100.pth", "a_20.tmp", "b_300.pth", "a_x.pth", "aa_500.pth", "a_best.pth"):
         (tmp_path / name).touch()
-    assert newest_checkpoint(tmp_path, "a").name == "a_100.pth"
     assert newest_checkpoint(tmp_path).name == "aa_500.pth"
-    assert newest_checkpoint(tmp_path, "c") is None
+    assert checkpoints(tmp_path, "c") == []
     assert newest_checkpoint(tmp_path / "missing") is None
     assert [path.name for path in checkpoints(tmp_path, "a")] == ["a_9.pth", "a_100.pth"]
 
@@ -51,7 +57,7 @@ def test_old_ones_go_and_the_best_stays(tmp_path, keep, left):
     assert snapshots.best_miou("a") == 0.25
     assert snapshots.best_miou("b") == -1  # cannot be compared
     assert load_checkpoint(snapshots.best_path)["step"] == 5
-    assert snapshots.newest().name == "run_9.pth"
+    assert newest_or_best(tmp_path).name == "run_9.pth"
 
 
 def test_a_failed_save_removes_nothing(tmp_path, monkeypatch):
@@ -74,11 +80,11 @@ def test_no_best_yet(tmp_path):
 def test_the_best_is_all_there_is(tmp_path):
     """Where a run was killed after an evaluation and before its first checkpoint."""
     snapshots = Snapshots(tmp_path, "run")
-    assert snapshots.newest() is None
+    assert newest_or_best(tmp_path) is None
     snapshots.save_best(contents(5))
-    assert snapshots.newest() == find_checkpoint(tmp_path) == tmp_path / "run_best.pth"
+    assert newest_or_best(tmp_path) == find_checkpoint(tmp_path) == tmp_path / "run_best.pth"
     snapshots.save(contents(3), 3)
-    assert snapshots.newest() == find_checkpoint(tmp_path) == tmp_path / "run_3.pth"
+    assert newest_or_best(tmp_path) == find_checkpoint(tmp_path) == tmp_path / "run_3.pth"
 
 
 @pytest.mark.parametrize("name", ["run_7.pth", "run_best.pth", "other_7.pth"])
