@@ -52,7 +52,7 @@ class ImageReports:
 
     def __call__(self, sample: Sample, prediction: np.ndarray) -> None:
         """Score a prediction, train ids (H,W) uint8; its panels are made only if it is to be kept."""
-        if sample.label is None:
+        if sample.label is None or not self.count:
             return
         matrix = ConfusionMatrix(self.labels.num_classes, self.ignore_label)
         matrix.update(torch.from_numpy(prediction), sample.label)

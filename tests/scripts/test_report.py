@@ -117,6 +117,14 @@ def test_worst_and_best(samples):
     assert [report.name for report in reports.worst] == [images[1].name]
 
 
+def test_no_images_are_asked_for(samples):
+    spec, images = samples
+    reports = ImageReports(0, spec.labels, 255, Normalization())
+    reports(images[0], spoiled(images[0], 20))
+    assert not reports.worst
+    assert not reports.best
+
+
 def test_names_are_text_not_markup():
     matrix = ConfusionMatrix(2)
     matrix.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]))
