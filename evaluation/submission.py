@@ -2,7 +2,6 @@
 
 import io
 import re
-import shutil
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +32,8 @@ class Submission:
 
     def __init__(self, path: Path, labels: LabelTable, rank: int = 0, world_size: int = 1) -> None:
         self.path, self.labels = path, labels
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder; name the zip file to write")
         self.parts = [path.with_name(f".{path.name}.part{index}") for index in range(world_size)]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,7 @@ class Submission:
                         for name in more.namelist():
                             whole.writestr(name, more.read(name))
                 count = len(whole.namelist())
-            shutil.move(first, self.path)
+            first.replace(self.path)
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from None
         finally:

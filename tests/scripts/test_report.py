@@ -162,10 +162,12 @@ def test_parts_of_several_processes_are_joined(samples, tmp_path):
         (("--report", "--compare", "two.json"), 1, "scores 2 classes that are not the 19"),
         (("--report", "--split", "test"), 1, "--report: these images have no labels"),
         (("--submission", "text.json/out.zip"), 1, "cannot write there"),
+        (("--submission", "folder.zip"), 1, "folder.zip: is a folder"),
     ],
 )
 def test_bad_input(call, demo_data, trained, tmp_path, monkeypatch, flags, status, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.zip").mkdir()
     (tmp_path / "text.json").write_text("[1]")
     (tmp_path / "two.json").write_text('{"mIoU": 0.5, "IoU": {"a": 1, "b": 0}}')
     data = demo_data
