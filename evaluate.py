@@ -11,7 +11,7 @@ startup.prepare()  # before imports that take seconds
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from evaluation.inference import Predict, multi_scale, short_sides, sliding, who
 from evaluation.metrics import ConfusionMatrix
 from evaluation.options import EvaluationOptions
 from evaluation.pictures import Save, prediction_writer
+from evaluation.predictor import labels_of
 from evaluation.report import ImageReports, check_comparable, read_metrics, report_page
 from evaluation.scores import count_predictions
 from evaluation.submission import Submission
@@ -47,7 +48,7 @@ from training.recipes import CITYSCAPES, find_recipe
 from training.resumption import saved_recipe
 from training.snapshots import find_checkpoint
 from utils.arguments import OutputError, Parser, UsageError, add_flags, run_script, take_flags
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.distributed import Process, choose_devices, process_group
 from utils.files import write_atomically
 
@@ -138,7 +139,8 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
     doubts = check_supervision(pairs, spec.labels, spec.ignore_label, training=False)
     if process.is_main and doubts:
         print("\n".join(doubts))
-    model, config = restore_model(checkpoint, path, num_classes=spec.labels.num_classes, **given)
+    model, config = restore_model(checkpoint, path, **given)
+    check_classes(checkpoint, path, config.num_classes, spec)
     normalization = Normalization(config.mean, config.std, config.channel_order)
     metrics_file = prepare_output(options.output_dir)
 
@@ -190,6 +192,20 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
         reports=reports,
         other=other,
     )
+
+
+def check_classes(checkpoint: dict[str, Any], path: Path, classes: int, spec: DatasetSpec) -> None:
+    """Refuse a network of another number of classes than the data set.
+
+    Raises:
+        CheckpointError: the numbers differ.
+    """
+    if classes == spec.labels.num_classes:
+        return
+    named = ""
+    with suppress(CheckpointError):
+        named = f" ({', '.join(labels_of(checkpoint, path, classes).names[:2])}, …)"
+    raise CheckpointError(f"{path}: has {classes} classes{named}, {spec.name} has {spec.labels.num_classes}")
 
 
 def in_turn(savers: Sequence[Save]) -> Save:

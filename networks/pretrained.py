@@ -86,11 +86,18 @@ def _check_stem(state: dict[str, Tensor], model: Segmenter, path: Path) -> None:
         "plain": "the plain stem (one 7x7 convolution)",
         "v1c": "the narrow stem (three 3x3 convolutions, 32 channels)",
     }
-    needed = {3: "v1c" if len(stem) == 32 else "deep", 7: "plain"}.get(stem.shape[-1])
+    needed = _stem_by_shape(stem)
     if needed and needed != own:
         raise CheckpointError(
             f"{path}: is for {words[needed]}, the network has the {own} one; --stem {needed}"
         )
+
+
+def _stem_by_shape(conv1: Tensor) -> str | None:
+    """The stem whose first convolution has this weight; None: none that is known."""
+    if conv1.shape[2:] == (3, 3):
+        return "v1c" if len(conv1) == 32 else "deep"
+    return "plain" if conv1.shape[2:] == (7, 7) else None
 
 
 def _check_is_mmsegmentation(model: Segmenter, path: Path) -> None:
@@ -131,11 +138,12 @@ def _config_by_shapes(state: dict[str, Tensor]) -> dict[str, Any]:
     if is_mmsegmentation(state):
         return config_of_mmsegmentation(state)
     values: dict[str, Any] = {}
-    classifier, stem = state.get("head.bottleneck.3.weight"), state.get("conv1.weight")
+    classifier = state.get("head.bottleneck.3.weight", state.get("head.classifier.weight"))
+    stem = state.get("conv1.weight")
     if classifier is not None and classifier.dim() == 4:
         values["num_classes"] = classifier.shape[0]
-    if stem is not None and stem.shape[2:] == (7, 7):
-        values["stem"] = "plain"
+    if stem is not None and (kind := _stem_by_shape(stem)):
+        values["stem"] = kind
     if "layer1.0.conv1.weight" in state and "layer1.0.conv3.weight" not in state:
         values["backbone"] = "resnet18"
     elif "layer3.5.conv3.weight" in state and "layer3.6.conv3.weight" not in state:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from networks import NetworkConfig, build_model, load_model, network_of, start_from
 from networks.names import IMAGENET_MEAN, IMAGENET_STD
+from networks.resnet import STEMS
 from utils.checkpoint import CheckpointError, load_checkpoint
 
 
@@ -224,8 +225,9 @@ def test_load_model_understands_every_kind_of_our_checkpoints(tmp_path):
     assert load_model(path, recurrence=3)[0].head.recurrence == 3
     torch.save(model.state_dict(), path)
     assert load_model(path)[1] == NetworkConfig(backbone="resnet18", num_classes=3)  # R as published
-    torch.save(tiny(stem="plain", num_classes=5).state_dict(), path)
-    assert load_model(path)[1] == NetworkConfig(backbone="resnet18", num_classes=5, stem="plain")
+    for stem in STEMS:
+        torch.save(tiny(stem=stem, num_classes=5).state_dict(), path)
+        assert load_model(path)[1] == NetworkConfig(backbone="resnet18", num_classes=5, stem=stem)
 
 
 @pytest.mark.parametrize(

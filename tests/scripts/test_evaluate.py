@@ -172,6 +172,18 @@ def test_settings_that_make_no_network(call, demo_data, trained, tmp_path, chang
     assert result.error.count("\n") == 1
 
 
+def test_another_number_of_classes(call, list_data, trained, tmp_path):
+    data = ("--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst")
+    output = ("--num-classes", 3, "--output-dir", tmp_path / "out", *QUIET)
+    result = call("evaluate.py", *data, "--restore-from", trained, *output)
+    assert result.status == 1
+    message = f"{trained}: has 19 classes (road, sidewalk, …), list has 3"
+    assert result.error == f"evaluate.py: error: {message}\n"
+    torch.save(build_model(backbone="resnet18", num_classes=4).state_dict(), tmp_path / "plain.pth")
+    result = call("evaluate.py", *data, "--restore-from", tmp_path / "plain.pth", *output)
+    assert "plain.pth: has 4 classes, list has 3" in result.error
+
+
 def test_an_output_folder_that_cannot_be_made(call, demo_data, trained, tmp_path):
     (tmp_path / "file").touch()
     arguments = (
