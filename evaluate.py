@@ -39,7 +39,7 @@ from evaluation.metrics import ConfusionMatrix
 from evaluation.options import EvaluationOptions
 from evaluation.pictures import Save, prediction_writer
 from evaluation.predictor import labels_of
-from evaluation.report import ImageReports, check_comparable, read_metrics, report_page
+from evaluation.report import ImageReports, check_comparable, protocol_differences, read_metrics, report_page
 from evaluation.scores import count_predictions
 from evaluation.submission import Submission
 from networks import fold_norms, restore_model
@@ -133,7 +133,7 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
     other = None
     if options.compare is not None:  # before the output folder is prepared, which may be the same
         other = (str(options.compare), read_metrics(options.compare))
-        check_comparable(other[1], spec.labels.names, options.compare)
+        check_comparable(other[1], spec.name, spec.labels.names, options.compare)
     given = {name: getattr(options, name) for name in ("model", "backbone", "recurrence")}
     given = {name: value for name, value in given.items() if value is not None}
     doubts = check_supervision(pairs, spec.labels, spec.ignore_label, training=False)
@@ -271,6 +271,8 @@ def report(evaluation: Evaluation, options: EvaluationOptions, seconds: float) -
         except OSError as error:
             raise OutputError(f"{file}: cannot write the report ({error.strerror})") from None
         print(f"the report is in {file}")
+        if evaluation.other and (differs := protocol_differences(metrics, evaluation.other[1])):
+            print(f"{evaluation.other[0]} was scored otherwise: {differs}")
     classes, file = matrix.num_scored(), evaluation.metrics_file
     mean_of = f", mean of {classes} of {matrix.num_classes} classes" if classes < matrix.num_classes else ""
     print(f"mIoU {100 * metrics['mIoU']:.2f} over {scored} images{mean_of}; written to {file}")

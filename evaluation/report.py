@@ -22,6 +22,8 @@ PANEL_WIDTH = 640  # pixels; larger pictures are reduced
 WRONG = (213, 94, 0)  # vermilion, which colour-blind people tell from grey
 MOST_NAMED = 60  # a matrix of more classes has no names beside it, they would be too small to read
 CONFUSIONS = 8  # named in words
+# Settings without which two runs' scores are not of the same images or not got the same way.
+PROTOCOL = ("split", "images", "whole", "scales", "short_sides", "flip", "input_size", "clip")
 
 
 @dataclass(frozen=True, order=True)
@@ -120,16 +122,29 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return dict(metrics)
 
 
-def check_comparable(other: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
-    """Refuse scores of other classes.
+def check_comparable(other: Mapping[str, Any], dataset: str, names: Sequence[str], path: Path) -> None:
+    """Refuse scores of another data set or other classes.
 
     Raises:
-        DataError: the classes differ.
+        DataError: the data set or the classes differ.
     """
+    other_dataset = _settings(other).get("dataset", dataset)
+    if other_dataset != dataset:
+        raise DataError(f"{path}: scores {other_dataset}; this data set is {dataset}")
     if list(other["IoU"]) != list(names):
         raise DataError(
             f"{path}: scores {len(other['IoU'])} classes that are not the {len(names)} of this data set"
         )
+
+
+def protocol_differences(metrics: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """In which images and test protocol two runs differ, in words; empty: in nothing that they tell."""
+    now, before = _settings(metrics), _settings(other)
+    names = [name for name in PROTOCOL if name in now and name in before]
+    if now.get("whole") and before.get("whole"):
+        names = [name for name in names if name != "input_size"]  # of tiles
+    values = [(name, *(_in_words(settings[name]) for settings in (now, before))) for name in names]
+    return "; ".join(f"{name} is {here}, there {there}" for name, here, there in values if here != there)
 
 
 def report_page(
@@ -154,7 +169,11 @@ def report_page(
     checkpoint = Path(str(settings["checkpoint"]))
     comparison = ""
     if other is not None:
-        comparison = f'<p class="note">Compared with {_text(other[0])}: the mark on a bar is its IoU.</p>'
+        differs = protocol_differences(metrics, other[1])
+        comparison = (
+            f'<p class="note">Compared with {_text(other[0])}: the mark on a bar is its IoU.'
+            f"{_text(f' It was scored otherwise: {differs}.') if differs else ''}</p>"
+        )
     return template.substitute(
         title=_text(f"{settings['model']} on {settings['dataset']}"),
         subtitle=_text(f"{checkpoint.name}, split {settings['split']}, {settings['images']} images"),
@@ -171,6 +190,18 @@ def report_page(
 
 def _text(value: object) -> str:
     return html.escape(str(value))
+
+
+def _in_words(value: object) -> str:
+    """A setting as a reader takes it in; lists come from JSON where tuples were."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def _settings(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    settings = metrics.get("settings")
+    return settings if isinstance(settings, Mapping) else {}
 
 
 def _percent(value: float | None) -> str:
@@ -314,6 +345,5 @@ def _images(title: str, reports: Sequence[ImageReport]) -> str:
 def _rows(values: Mapping[str, object]) -> str:
     rows = []
     for name, value in values.items():
-        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-        rows.append(f"<tr><th>{_text(name)}</th><td>{_text('' if text is None else text)}</td></tr>")
+        rows.append(f"<tr><th>{_text(name)}</th><td>{_text(_in_words(value))}</td></tr>")
     return "\n".join(rows)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dataset import EvaluationDataset, Normalization, Sample, find_dataset, list_samples
 from evaluation.metrics import ConfusionMatrix
-from evaluation.report import ImageReports, report_page
+from evaluation.report import ImageReports, protocol_differences, report_page
 from evaluation.submission import Submission
 
 QUIET = ("--gpu", "cpu", "--num-workers", "0", "--whole")
@@ -75,8 +75,35 @@ def test_report_comparison_and_submission(call, demo_data, trained, tmp_path):
     assert "http" not in re.sub(r'xmlns="[^"]*"', "", text)
     assert f"{100 * metrics['mIoU']:.2f}" in page.texts
     assert "-25.00" in page.texts
+    assert "scored otherwise" not in result.out + text
     assert text.count("<figure>") == 3  # each image once, though there are fewer than asked for
     assert trained.name in "".join(page.texts)
+
+
+def test_the_protocols_of_a_comparison(call, demo_data, trained, tmp_path):
+    common = ("evaluate.py", "--data-dir", demo_data, "--restore-from", trained, "--output-dir", tmp_path)
+    assert call(*common, *QUIET).status == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    metrics["settings"] |= {"input_size": [9, 9], "scales": [0.5, 1.0], "images": 2, "split": "test"}
+    (tmp_path / "other.json").write_text(json.dumps(metrics))
+    result = call(*common, *QUIET, "--report", "--compare", tmp_path / "other.json")
+    assert result.status == 0, result.error
+    differs = "split is val, there test; images is 3, there 2; scales is 1.0, there 0.5, 1.0"
+    assert f"other.json was scored otherwise: {differs}\n" in result.out
+    assert f"It was scored otherwise: {differs}.</p>" in (tmp_path / "report.html").read_text()
+    metrics["settings"]["dataset"] = "camvid"
+    (tmp_path / "other.json").write_text(json.dumps(metrics))
+    result = call(*common, *QUIET, "--report", "--compare", tmp_path / "other.json")
+    assert result.status == 1
+    assert "other.json: scores camvid; this data set is cityscapes" in result.error
+
+
+@pytest.mark.parametrize("wholes", [(True, True), (True, False), (False, False)])
+def test_tiles_are_of_the_sliding_window(wholes):
+    now, before = ({"settings": {"whole": whole, "input_size": 9 + whole}} for whole in wholes)
+    before["settings"]["input_size"] = [7, 7]
+    assert ("input_size" in protocol_differences(now, before)) == (wholes != (True, True))
+    assert not protocol_differences(now, {})
 
 
 @pytest.fixture
