@@ -78,6 +78,14 @@ class PredictOptions:
         "auto", "compute in a half type; auto: bf16 where the device is fast at it", group="run", choices=AMP
     )
 
+    def __post_init__(self) -> None:
+        ways = {"--whole no": self.whole is False, "--scales": self.scales != (1.0,), "--flip": self.flip}
+        for flag, is_given in ways.items():
+            if self.attention is not None and is_given:
+                raise UsageError(
+                    f"--attention and {flag} exclude each other: it shows the picture whole, once"
+                )
+
     @property
     def point(self) -> tuple[int, int] | None:
         """The pixel (row, column) of ``attention``; None: all of them, on a page.
@@ -296,9 +304,11 @@ class Run:
         seconds = time.perf_counter() - self.began
         images = self.bar.n
         print(f"{images} images in {seconds:.1f} s, {images / seconds:.3g} images/s")
-        print(f"results are in {self.options.output_dir}/ ({written})")
+        if images:
+            print(f"results are in {self.options.output_dir}/ ({written})")
         if self.failed:
-            raise DataError(f"{self.failed} of {files} inputs failed, see above; the others are done")
+            others = "; the others are done" if self.failed < files else ""
+            raise DataError(f"{self.failed} of {files} inputs failed, see above{others}")
 
 
 if __name__ == "__main__":

@@ -166,9 +166,17 @@ def test_an_unreadable_file_among_others(predict, tmp_path):
     assert len(errors) == 3
     assert "b.png: unreadable" in errors[0]
     assert "d.mp4: this video cannot be decoded" in errors[1]
-    assert "2 of 4 inputs failed" in errors[2]
+    assert errors[2].endswith("2 of 4 inputs failed, see above; the others are done")
     assert written(tmp_path / "out" / "ids") == ["a.png", "c.png"]
     assert "2 images" in result.out
+
+
+def test_nothing_that_can_be_read(predict, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    result = predict(tmp_path / "a.png")
+    assert result.status == 1
+    assert result.error.endswith("1 of 1 inputs failed, see above\n")
+    assert "results are in" not in result.out
 
 
 def write_video(path, frames, rate=12.5):
@@ -298,6 +306,14 @@ def test_attention_of_one_pixel(predict, tmp_path):
     assert "2 of 3 inputs failed" in errors[2]
     assert written(tmp_path / "out") == ["attention/a_R1.png", "attention/a_R2.png"]
     assert read(tmp_path / "out" / "attention" / "a_R1.png").shape == (40, 50, 3)
+
+
+@pytest.mark.parametrize("flags", [("--whole", "no"), ("--scales", "0.5,1"), ("--flip",)])
+def test_attention_is_of_the_whole_picture(predict, tmp_path, flags):
+    Image.fromarray(random_picture(20, 30)).save(tmp_path / "a.png")
+    named = " ".join(flags) if flags[0] == "--whole" else flags[0]
+    one_error(predict(tmp_path / "a.png", "--attention", *flags), 2, f"--attention and {named} exclude")
+    assert not (tmp_path / "out").exists()
 
 
 def test_attention_that_is_not_there(predict, tmp_path):
