@@ -44,6 +44,7 @@ def read_image(path: Path) -> np.ndarray:
         if _orientation(image) != 1:
             ImageOps.exif_transpose(image, in_place=True)
         if not image.mode.startswith("I;16"):
+            image.info.pop("transparency", None)  # which Pillow would warn of in palettes
             pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
             if ";16" in stored_as and not pixels.any():
                 values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)

@@ -125,6 +125,13 @@ def test_palette_labels_give_their_indices(tmp_path):
     assert read_label(tmp_path / "x.png").tolist() == [[0, 1], [2, 255]]
 
 
+@pytest.mark.filterwarnings("error")
+def test_transparency_of_palettes_is_ignored(tmp_path):
+    image = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4)).convert("P")
+    image.save(tmp_path / "a.png", transparency=bytes(range(12)))
+    assert (read_image(tmp_path / "a.png") == np.asarray(image.convert("RGB"))).all()
+
+
 @pytest.mark.parametrize(
     ("mode", "words"),
     [

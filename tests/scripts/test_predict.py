@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import LabelTable
+from dataset import DataError, LabelTable
 from evaluation import Predictor
 from evaluation.inputs import find_inputs
 from evaluation.prediction_files import overlay
@@ -216,6 +216,13 @@ def test_a_video(predict, tmp_path, monkeypatch, with_ffmpeg, clip):
     for picture, frame, ids in zip(shown, source, expected, strict=True):
         difference = np.abs(picture.astype(int) - overlay(frame, ids, TABLE))
         assert difference.mean() < 12  # of lossy compression, hard on these blocks
+
+
+def test_what_is_wrong_with_a_video_is_said_once(tmp_path, capfd):
+    (tmp_path / "v.avi").write_bytes(np.random.default_rng(0).bytes(5000))
+    with pytest.raises(DataError, match="this video cannot be decoded"):
+        VideoReader(tmp_path / "v.avi")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_frames_of_a_damaged_video_are_kept(predict, tmp_path):
