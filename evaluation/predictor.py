@@ -1,5 +1,7 @@
 """One call from a picture to its classes: ``Predictor(checkpoint)(image)``."""
 
+import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 from dataset import DATASETS, LabelTable, Normalization, generic_table
 from evaluation.bands import Mean, Mirrored, Resized, Rows, Stored, Tiled, class_ids
 from evaluation.inference import tile_starts, with_autocast
+from evaluation.options import AMP
 from networks import Segmenter, fold_norms, mmsegmentation, restore_model
 from utils.checkpoint import CheckpointError, load_checkpoint
 
@@ -54,6 +57,7 @@ class Predictor:
 
     Raises:
         CheckpointError: a checkpoint that cannot be read, makes no network, or names no classes.
+        ValueError: an option of another kind or out of range, labels that do not fit the network.
     """
 
     def __init__(
@@ -72,8 +76,12 @@ class Predictor:
     ) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if not scales or not all(scale > 0 for scale in scales):
-            raise ValueError(f"scales must be positive; got {scales}")
+        if not _are_positive(scales, numbers.Real):
+            raise ValueError(f"scales must be positive numbers, (1.0,) for one; got {scales}")
+        if tile_size is not None and not (_are_positive(tile_size, numbers.Integral) and len(tile_size) == 2):
+            raise ValueError(f"tile_size must be a height and a width of at least 1; got {tile_size}")
+        if amp not in AMP:
+            raise ValueError(f"amp must be one of {', '.join(AMP)}; got {amp!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         self.device = torch.device(device)
@@ -89,7 +97,12 @@ class Predictor:
             contents = load_checkpoint(path)
             model, config = restore_model(contents, path)
             trained = _trained_on(contents, path)
-            self.labels = labels or labels_of(contents, path, config.num_classes, num_classes)
+            classes = config.num_classes
+            self.labels = labels or labels_of(contents, path, classes, num_classes)
+        if self.labels.num_classes != classes:
+            raise ValueError(
+                f"labels must be of the network's {classes} classes; got {self.labels.num_classes}"
+            )
         backbone = model.backbone
         self.normalization = Normalization(backbone.mean, backbone.std, backbone.channel_order)
         self.tile_size, self.clip = tile_size or trained[0], trained[1]
@@ -292,6 +305,13 @@ def _trained_on(contents: Mapping[str, Any], path: Path) -> tuple[tuple[int, int
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its settings are damaged ({error})") from None
     return size, clip
+
+
+def _are_positive(values: Any, kind: Any) -> bool:
+    """Whether it is a sequence of at least one number, all of them finite and above 0."""
+    if not isinstance(values, Sequence) or not values:
+        return False
+    return all(isinstance(x, kind) and 0 < x < math.inf for x in values)
 
 
 def _check(image: np.ndarray) -> None:

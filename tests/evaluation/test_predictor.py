@@ -207,7 +207,22 @@ def test_what_is_no_picture(model, image):
         Predictor(model, "cpu")(image)
 
 
-@pytest.mark.parametrize("options", [{"scales": ()}, {"scales": (1, -1)}, {"batch_size": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scales": ()},
+        {"scales": (1, -1)},
+        {"scales": 1.0},
+        {"scales": "1"},
+        {"batch_size": 0},
+        {"tile_size": 97},
+        {"tile_size": (0, 5)},
+        {"tile_size": (5, 5, 5)},
+        {"amp": "fp8"},
+        {"labels": generic_table(3)},
+    ],
+    ids=str,
+)
 def test_impossible_options(model, options):
     with pytest.raises(ValueError, match="must be"):
         Predictor(model, "cpu", **options)
