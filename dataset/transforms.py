@@ -71,8 +71,8 @@ class TrainTransform:
         ignore_label: train id of pixels that are not trained on.
         normalization: applied to the image.
         mirror_pairs: train ids that swap when a sample is mirrored (``LabelTable.mirror_pairs``).
-        short_sides: instead, whatever ``scale`` is, draw the length of the shorter side in pixels from these;
-            the longer one becomes at most 1000 (ADE20K's 300, 375, 450, 525, 600).
+        short_sides: draw the length of the shorter side in pixels from these, whatever ``scale`` is; the
+            longer one becomes at most 1000 (ADE20K's 300, 375, 450, 525, 600).
     """
 
     crop_size: tuple[int, int]

@@ -152,8 +152,11 @@ def write_pictures(
             panels.append(draw_instances(image, masks, names))
         gap = np.full((image.shape[0], 8, 3), 255, np.uint8)
         row = np.concatenate([panels[0], gap, panels[1], gap, panels[2]], axis=1)
-        parts = Path(data.images[index]["file_name"]).with_suffix(".jpg").parts
-        path = folder / "_".join(parts)  # files of one name in two folders are two pictures
+        name = Path(data.images[index]["file_name"])
+        # Files of one name in two folders are two pictures.
+        path = folder / (
+            "_".join(part for part in name.with_suffix("").parts if part != name.anchor) + ".jpg"
+        )
         if not cv2.imwrite(str(path), cv2.cvtColor(row, cv2.COLOR_RGB2BGR)):
             raise CocoError(f"{path}: cannot be written")
 

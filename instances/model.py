@@ -175,7 +175,7 @@ def norm_eps_of(path: Path | None) -> float:
     contents = load_checkpoint(path)
     if isinstance(contents.get("config"), dict):
         return contents["config"].get("norm_eps", 1e-5)
-    # torchvision's released detectors, known by names that are older than its present ones, had none.
+    # torchvision's released detectors had none: bare state dicts, with names older than its present ones.
     return 0.0 if "rpn.head.conv.weight" in contents else 1e-5
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from networks.config import FLAT_SETTINGS, NetworkConfig
+from networks.config import FLAT_SETTINGS, NOT_IN_SHAPES, NetworkConfig
 from networks.mmsegmentation import (
     NETWORK,
     config_of_mmsegmentation,
@@ -20,10 +20,6 @@ from utils.checkpoint import CheckpointError, load_checkpoint, load_weights, mod
 
 EMBEDDING = ("embedding.",)  # in training only
 IMAGENET_CLASSIFIER = ("fc.",)
-
-# Fields of NetworkConfig that change what weights compute, but neither their names nor their shapes. R does
-# too, but is often changed on purpose.
-NOT_IN_SHAPES = ("contracted_dilation", "mean", "std", "channel_order", "head_activation", "align_corners")
 
 
 def load_model(path: Path | str, **settings: Any) -> tuple[Segmenter, NetworkConfig]:

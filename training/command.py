@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from networks.config import NetworkConfig
+from networks.config import NOT_IN_SHAPES, NetworkConfig
 from training.options import RunOptions
 from training.recipes import RECIPES, Recipe, changes, find_recipe
 from training.resumption import Resumed
@@ -55,6 +55,14 @@ class Command:
             network: fields of NetworkConfig that come from the file which a new run starts from.
         """
         base = self.base if resumed is None or self.is_named else resumed.recipe
+        if resumed is not None and self.is_named:
+            # The run may have taken them over from the file that it started from.
+            before, silent = resumed.recipe.network, NetworkConfig()
+            network = {
+                name: getattr(before, name)
+                for name in NOT_IN_SHAPES
+                if getattr(base.network, name) == getattr(silent, name)
+            }
         return base.with_changes({**network, **self.network_changes}, self.recipe_changes)
 
     def start_lines(self, start: Path, network: Mapping[str, Any]) -> list[str]:

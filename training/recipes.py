@@ -39,7 +39,7 @@ class Recipe:
     random_scale: bool = setting(True, "scale images by 0.7, 0.8 … 2.1", group="augmentation")
     short_sides: tuple[int, ...] = setting(
         (),
-        "instead, whatever --random-scale is, scale the short side to one of these; none: do not",
+        "scale the short side to one of these pixels, whatever --random-scale says; none: by factors only",
         group="augmentation",
         metavar="N,N,…",
         min=1,

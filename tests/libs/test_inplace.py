@@ -139,6 +139,18 @@ def test_statistics_of_values_far_from_zero(spread):
         torch.testing.assert_close(var.double(), want, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("channels", [1, 8])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_variance_of_constants_is_never_negative(channels, channels_last):
+    values = torch.logspace(0, 6, 8 * channels).view(8, channels)
+    for constants in values:
+        x = constants.view(1, -1, 1, 1) * torch.ones(2, channels, 97, 97)
+        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        mean, var = torch.ops.libs.statistics(x, None, None, 0.0)[: 2 * channels].chunk(2)
+        assert (var >= 0).all()
+        torch.testing.assert_close(mean, constants, rtol=1e-6, atol=0)
+
+
 def relative(got, want):
     return ((got.double() - want).norm() / want.norm()).item()
 

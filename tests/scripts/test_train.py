@@ -277,6 +277,9 @@ def test_the_normalisation_of_a_checkpoint_is_taken_over(call, demo_data, tmp_pa
         "settings taken over: std (1.0, 1.0, 1.0) → (58.0, 57.0, 57.0), channel_order BGR → RGB" in result.out
     )
     assert load_checkpoint(tmp_path / "a" / "CS_scenes_1.pth")["network"] == config.to_dict()
+    result = start_from(call, demo_data, tmp_path / "a", path, "--recipe", "cityscapes", "--resume")
+    assert result.status == 0, result.error
+    assert "the run is complete" in result.out
     flags = ("--channel-order", "BGR", "--std", "1,1,1")
     result = start_from(call, demo_data, tmp_path / "b", path, *flags)
     assert result.status == 0, result.error
