@@ -176,9 +176,9 @@ def train(run: Run, first_step: int) -> None:
     """The loop over the steps that are left, or until a signal comes."""
     recipe, options, process = run.recipe, run.options, run.process
     # A kill may have come between a checkpoint and its evaluation.
-    pending = is_due(options.val_every, first_step) and not was_logged(
-        options.snapshot_dir, first_step, "mIoU"
-    )
+    has_checkpoint = first_step > options.start_iters
+    pending = has_checkpoint and is_due(options.val_every, first_step)
+    pending = pending and not was_logged(options.snapshot_dir, first_step, "mIoU")
     pending = process.all_gather_object(pending)[0]
     if first_step >= recipe.num_steps and not pending:
         if process.is_main:

@@ -154,9 +154,8 @@ def write_pictures(
         row = np.concatenate([panels[0], gap, panels[1], gap, panels[2]], axis=1)
         name = Path(data.images[index]["file_name"])
         # Files of one name in two folders are two pictures.
-        path = folder / (
-            "_".join(part for part in name.with_suffix("").parts if part != name.anchor) + ".jpg"
-        )
+        stem = "_".join(part for part in name.with_suffix("").parts if part != name.anchor)
+        path = folder / f"{stem}.jpg"
         if not cv2.imwrite(str(path), cv2.cvtColor(row, cv2.COLOR_RGB2BGR)):
             raise CocoError(f"{path}: cannot be written")
 

@@ -182,6 +182,7 @@ def start_from(model: Segmenter, contents: dict[str, Any], path: Path, new_class
     """Begin a run with the weights of a checkpoint of ours or of a backbone trained on ImageNet.
 
     A backbone's file has no heads: MIT scene parsing's for the deep stem, torchvision's for the plain one.
+    MIT's is from before BatchNorm counted batches: its weights are taken for ABN's, as in the reference.
 
     Args:
         model: the network, whose weights are overwritten.
@@ -205,6 +206,8 @@ def start_from(model: Segmenter, contents: dict[str, Any], path: Path, new_class
     _check_stem(state, model, path)
     if is_backbone and getattr(model.backbone, "stem", None) == "plain":
         state = from_torchvision(state, model.backbone)
+    elif is_backbone and _has_batch_counters(contents):
+        state = from_batch_norm(state)
     may_lack, skip = (heads, IMAGENET_CLASSIFIER) if is_backbone else (EMBEDDING, ())
     if model.embedding is None:
         skip = (*skip, *EMBEDDING)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from libs import keep_statistics
 
@@ -64,7 +64,9 @@ def checkpointed(layers: nn.Module, function: Callable[[Tensor], Tensor], x: Ten
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return _in_checkpointed(None), _in_checkpointed(layers)
 
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
+    # Stopping early is done by an exception, which synchronised layers would take for a replica's failure.
+    with set_checkpoint_early_stop(False):
+        return checkpoint(function, x, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class Progress:
         write_atomically(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
         self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
-        self._events = SummaryWriter(str(directory), purge_step=first_step + 1 if first_step else None)
+        self._events = SummaryWriter(str(directory), purge_step=first_step + 1)
         self._bar = tqdm(total=num_steps, initial=first_step, unit="step", mininterval=1)
 
     def step_done(self) -> None:

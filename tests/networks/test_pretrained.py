@@ -1,12 +1,14 @@
 """Weights from files: released state dicts, checkpoints old and new, ImageNet backbones."""
 
 import lzma
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import libs
 from networks import NetworkConfig, build_model, load_model, network_of, start_from
 from networks.names import IMAGENET_MEAN, IMAGENET_STD
 from networks.resnet import STEMS
@@ -243,6 +245,25 @@ def test_settings_that_make_no_network(tmp_path, network, reason):
     torch.save({"model": {"x": torch.zeros(1)}, "network": network}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=f"x.pth: its settings make no network .{reason}"):
         load_model(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_backbone_with_plain_batch_norm_computes_the_same(stem):
+    """Weights of any sign; ABN scales by |weight| + eps."""
+    torch.manual_seed(0)
+    settings = {"backbone": "resnet18", "stem": stem, "num_classes": 5, "channel_order": "RGB"}
+    settings |= {"mean": tuple(255 * x for x in IMAGENET_MEAN), "std": tuple(255 * x for x in IMAGENET_STD)}
+    plain = libs.replace_by_batch_norm(build_model("fcn", norm="abn", **settings).backbone).double().eval()
+    for layer in plain.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.weight.data.normal_()
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+    model = build_model("fcn", **settings).double().eval()
+    assert start_from(model, plain.state_dict() | {"fc.bias": torch.zeros(9)}, Path("x.pth")) == "heads"
+    images = torch.randn(1, 3, 65, 65, dtype=torch.float64)
+    expected = plain(images)[1]
+    assert (model.backbone(images)[1] - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_evaluation_needs_neither_auxiliary_head_nor_embedding(tmp_path):

@@ -1,5 +1,7 @@
 """Activation checkpointing: less memory, the same numbers."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from libs import ABN
 from networks import build_model
 from networks.recomputation import recompute_in_backward
 from networks.resnet import BasicBlock, Stage
+from tests.libs.test_synchronized import in_threads
 
 
 @pytest.mark.parametrize("norm", ["abn", "inplace_abn"])
@@ -33,6 +36,24 @@ def test_the_same_bits_with_less_memory(norm, backbone):
         assert all(layer.momentum == 0.1 for layer in model.modules() if hasattr(layer, "momentum"))
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
     assert held[1] < 0.7 * held[0]
+
+
+def test_replicas_in_threads(replicate):
+    """Synchronised layers wait for each other in the second computation too."""
+    images, results = torch.randn(2, 2, 3, 33, 33, generator=torch.Generator().manual_seed(0)), []
+    for twice in (False, True):
+        torch.manual_seed(0)
+        model = build_model(backbone="resnet18", num_classes=5, norm="sync", checkpoint_activations=twice)
+        replicas = replicate(model.train(), 2)
+
+        def loss(replica, x):
+            outputs = replica(x, torch.tensor([1, 2]))
+            return outputs["out"].square().mean() + outputs["aux"].square().mean()
+
+        losses = in_threads([partial(loss, *pair) for pair in zip(replicas, images, strict=True)])
+        assert in_threads([x.backward for x in losses]) == [None, None]
+        results.append([*losses, *(p.grad for p in model.parameters()), *model.buffers()])
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
 def test_what_several_layers_saved_is_computed_once_in_each_backward_pass():

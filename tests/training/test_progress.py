@@ -40,6 +40,16 @@ def test_several_numbers_of_one_name(tmp_path):
     assert not was_logged(tmp_path / "none", 5, "mIoU")
 
 
+@pytest.mark.parametrize("first_step", [0, 10])
+def test_what_a_killed_run_wrote_beyond_its_checkpoint_is_not_shown(tmp_path, first_step):
+    for start in (0, first_step):
+        with Progress(tmp_path, start, 30) as progress:
+            for step in range(start + 10, 31 if start == first_step else 21, 10):
+                progress.scalars(step, {"loss": 1.0})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [10, 20, 30]
+
+
 def test_a_folder_that_is_removed_is_one_line(tmp_path, capsys):
     folder = tmp_path / "run"
 
