@@ -144,7 +144,7 @@ RECIPES: dict[str, Recipe] = {
         input_size=(180, 240),
         short_sides=(150, 165, 180, 200, 220, 240),
         batch_size=6,
-        num_steps=1200,
+        num_steps=2400,
         learning_rate=0.03,
         ohem=False,
     ),
