@@ -30,7 +30,7 @@ from dataset.demo import draw_scene
 from evaluation.predictor import labels_of
 from networks import HEADS, NetworkConfig, Segmenter, fold_norms, load_model, mmsegmentation, restore_model
 from networks.names import REFERENCE, difference
-from training.recipes import CITYSCAPES
+from training.recipes import CITYSCAPES, find_recipe
 from training.resumption import saved_recipe
 from training.snapshots import find_checkpoint
 from utils.arguments import OutputError, Parser, UsageError, add_flags, run_script, take_flags
@@ -58,6 +58,9 @@ class ExportOptions:
 
     restore_from: Path = setting(
         None, "checkpoint, or a folder to take the newest from", group="network", required=True
+    )
+    recipe: str | None = setting(
+        None, "module:NAME of a file of yours, to know its heads", group="network", metavar="NAME"
     )
     recurrence: int | None = setting(
         None, "rounds R of criss-cross attention (default: the checkpoint's)", group="network", min=0
@@ -113,6 +116,8 @@ def main() -> None:
     options = parse_args()
     if options.output.suffix == ".onnx":
         import_onnx()
+    if options.recipe:
+        find_recipe(options.recipe)  # for what its module registers
     path = find_checkpoint(options.restore_from)
     contents = load_checkpoint(path)
     refuse_clips(contents, path)
@@ -152,7 +157,9 @@ def main() -> None:
 
 def refuse_clips(contents: dict[str, Any], path: Path) -> None:
     """Networks over time are not exported: with one frame they would be other networks."""
-    recipe = saved_recipe(path, contents)[0] if contents.keys() & {"recipe", "settings"} else CITYSCAPES
+    recipe = CITYSCAPES
+    if contents.keys() & {"recipe", "settings"}:
+        recipe, _ = saved_recipe(path, contents, "cannot be exported")
     if recipe.clip > 1:
         raise ExportError(
             f"{path}: was trained on clips of {recipe.clip} frames; "

@@ -36,6 +36,7 @@ from evaluation.prediction_files import (
     write_prediction,
 )
 from evaluation.video import NO_H264, VideoReader, VideoWriter, find_ffmpeg
+from training.recipes import find_recipe
 from training.snapshots import find_checkpoint
 from utils.arguments import Parser, UsageError, add_flags, run_script, take_flags
 from utils.distributed import choose_devices
@@ -52,6 +53,7 @@ class PredictOptions:
     num_classes: int | None = setting(
         None, "classes of a checkpoint without class names, which get numbers", min=1, max=255
     )
+    recipe: str | None = setting(None, "module:NAME of a file of yours, to know its heads", metavar="NAME")
 
     attention: str | None = setting(
         None, "instead of predictions, a page for each picture that shows where a point of it looks; "
@@ -120,6 +122,8 @@ def main() -> None:
     devices = choose_devices(options.gpu)
     if len(devices) > 1:
         raise UsageError(f"--gpu {options.gpu}: prediction takes one GPU")
+    if options.recipe:
+        find_recipe(options.recipe)  # for what its module registers
     point = options.point
     files = find_inputs(options.input, options.output_dir)
     predictor = Predictor(

@@ -43,7 +43,9 @@ def restore_model(contents: dict[str, Any], path: Path, **settings: Any) -> tupl
         config = config_of(contents, state, **settings)
         model = build_model(config)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its settings make no network ({error})") from None
+        unknown = not isinstance(error, TypeError) and "must be one of" in str(error)
+        hint = "; a file of yours that adds it is named by --recipe module:NAME" if unknown else ""
+        raise CheckpointError(f"{path}: its settings make no network ({error}){hint}") from None
     state = to_our_names(contents, state)
     _check_stem(state, model, path)
     auxiliary = () if any(name.startswith("dsn.") for name in state) else ("dsn.",)

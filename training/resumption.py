@@ -101,7 +101,10 @@ def saved_recipe(
     except KeyError as error:
         raise CheckpointError(f"{path}: {what_fails}, it lacks {error.args[0]}") from None
     except ValueError as error:
-        raise CheckpointError(f"{path}: {what_fails}, its contents are damaged ({error})") from None
+        unknown = "must be one of" in str(error)
+        reason = f"{error}; --recipe module:NAME makes a file of yours known" if unknown else error
+        what = "settings are not known" if unknown else "contents are damaged"
+        raise CheckpointError(f"{path}: {what_fails}, its {what} ({reason})") from None
     except (TypeError, AttributeError):
         reason = "its settings are not named values"
         raise CheckpointError(f"{path}: {what_fails}, its contents are damaged ({reason})") from None

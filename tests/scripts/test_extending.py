@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dataset import DATASETS
@@ -76,3 +77,20 @@ def test_they_train_and_evaluate(call, project):
     )
     assert result.status == 0, result.error
     assert "coin" in result.out
+    used = ("--recipe", "my_run:RECIPE", "--restore-from", project / "snapshots")
+    picture = project / "coins" / "pictures" / "val" / "0.png"
+    result = call("predict.py", *used, "--input", picture, "--output-dir", project / "p", "--gpu", "cpu")
+    assert result.status == 0, result.error
+    assert (project / "p" / "ids" / "0.png").is_file()
+    result = call("export.py", *used, "--output", project / "coins.pt2")
+    assert result.status == 0, result.error
+
+
+def test_a_head_that_is_not_registered_is_told(call, project):
+    (project / "snapshots").mkdir()
+    torch.save({"model": {"x": torch.zeros(1)}, "network": {"model": "global_mean"}}, "snapshots/coins_2.pth")
+    picture = project / "coins" / "pictures" / "val" / "0.png"
+    result = call("predict.py", "--restore-from", "snapshots", "--input", picture, "--output-dir", "p")
+    assert result.status == 1
+    assert "got 'global_mean'" in result.error
+    assert "a file of yours that adds it is named by --recipe module:NAME" in result.error
