@@ -18,6 +18,9 @@ from dataset import DataError
 from utils.arguments import OutputError
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
+# These store how many frames they hold. For others OpenCV multiplies the duration (of the sound, if that is
+# longer) by a rate, and undamaged videos can have far fewer frames.
+COUNTED_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi")
 NO_H264 = (
     "no ffmpeg was found, so videos are MPEG-4 Part 2, which VLC and the like play but browsers do not; "
     "pip install imageio-ffmpeg gives H.264"
@@ -32,7 +35,7 @@ class VideoReader:
     """The frames of a video, turned upright as its metadata say.
 
     Attributes:
-        frames: how many there should be; 0: not known.
+        frames: about how many there should be; 0: not known.
         rate: frames a second.
 
     Raises:
@@ -52,7 +55,7 @@ class VideoReader:
         """(H,W,3) uint8 RGB of each frame, in order.
 
         Raises:
-            DataError: after the last frame, if there are clearly fewer than the file says.
+            DataError: after the last frame, if there is none or clearly fewer than the file says.
         """
         read = 0
         try:
@@ -64,8 +67,9 @@ class VideoReader:
                 yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         finally:
             self._capture.release()
-        # Containers that hold no exact number estimate it.
-        if read == 0 or read < 0.95 * self.frames - 2:
+        if read == 0:
+            raise DataError(f"{self.path}: no frame of this video can be decoded")
+        if self.path.suffix.lower() in COUNTED_SUFFIXES and read < 0.95 * self.frames - 2:
             raise DataError(f"{self.path}: only {read} of this video's {self.frames} frames can be decoded")
 
 

@@ -237,6 +237,22 @@ def test_the_frames_of_a_damaged_video_are_kept(predict, tmp_path):
     assert f"{frames} images" in result.out
 
 
+@pytest.mark.parametrize(("suffix", "status"), [(".avi", 1), (".mkv", 0)])
+def test_frames_are_counted_only_where_the_container_does(predict, tmp_path, monkeypatch, suffix, status):
+    write_video(tmp_path / f"v{suffix}", [random_picture(34, 42, seed=seed) for seed in range(4)])
+    init = VideoReader.__init__
+
+    def long_sound(reader, path):
+        init(reader, path)
+        reader.frames = 40
+
+    monkeypatch.setattr(VideoReader, "__init__", long_sound)
+    result = predict(tmp_path / f"v{suffix}")
+    assert result.status == status, result.error
+    assert ("only 4 of this video's 40 frames" in result.error) is (status == 1)
+    assert "4 images" in result.out
+
+
 def test_no_such_input(predict, tmp_path):
     one_error(predict(tmp_path / "none"), 1, tmp_path / "none", "no such input")
 
