@@ -21,6 +21,7 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpe
 # These store how many frames they hold. For others OpenCV multiplies the duration (of the sound, if that is
 # longer) by a rate, and undamaged videos can have far fewer frames.
 COUNTED_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi")
+LONGEST_PAUSE = 60  # seconds from one frame to the next; more is taken for a leap of the file's clock
 NO_H264 = (
     "no ffmpeg was found, so videos are MPEG-4 Part 2, which VLC and the like play but browsers do not; "
     "pip install imageio-ffmpeg gives H.264"
@@ -32,7 +33,10 @@ if "OPENCV_LOG_LEVEL" not in os.environ:  # which OpenCV reads when it is import
 
 
 class VideoReader:
-    """The frames of a video, turned upright as its metadata say.
+    """The frames of a video at a constant rate, turned upright as its metadata say.
+
+    A frame is repeated until the time of the next one, so that a video of variable rate keeps its duration;
+    none is left out.
 
     Attributes:
         frames: about how many there should be; 0: not known.
@@ -52,19 +56,31 @@ class VideoReader:
         self.rate = Fraction(rate).limit_denominator(1001) if 0 < rate < 1000 else Fraction(25)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """(H,W,3) uint8 RGB of each frame, in order.
+        """(H,W,3) uint8 RGB of each frame, in order, 1 / ``rate`` seconds apart.
 
         Raises:
             DataError: after the last frame, if there is none or clearly fewer than the file says.
         """
-        read = 0
+        read = shown = 0
+        clock = latest = 0.0  # seconds
+        before = None
         try:
             while True:
                 decoded, frame = self._capture.read()
                 if not decoded:
                     break
-                read += 1
-                yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                time = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+                if before is None:
+                    latest = time
+                elif latest < time <= latest + LONGEST_PAUSE:
+                    clock += time - latest
+                latest = max(latest, time)  # some containers do not know the time of every frame and give 0
+                while before is not None and shown < round(clock * self.rate):
+                    shown += 1
+                    yield before
+                read, shown, before = read + 1, shown + 1, frame
+                yield frame
         finally:
             self._capture.release()
         if read == 0:

@@ -1,6 +1,7 @@
 """Predictions of pictures, folders and videos from the command line."""
 
 import shutil
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -216,6 +217,28 @@ def test_a_video(predict, tmp_path, monkeypatch, with_ffmpeg, clip):
     for picture, frame, ids in zip(shown, source, expected, strict=True):
         difference = np.abs(picture.astype(int) - overlay(frame, ids, TABLE))
         assert difference.mean() < 12  # of lossy compression, hard on these blocks
+
+
+@pytest.mark.parametrize(
+    ("times", "shown"),
+    [
+        ([0, 0.1, 0.2, 0.3], [0, 1, 2, 3]),
+        ([0.04, 0.138, 0.245, 0.342], [0, 1, 2, 3]),  # rounded times
+        ([0, 0, 0, 0], [0, 1, 2, 3]),  # times that are not known
+        ([0, 0.01, 0.02, 0.3], [0, 1, 2, 3]),
+        ([0, 0.1, 0.4, 0.5], [0, 1, 1, 1, 2, 3]),
+        ([5, 5.1, 9000, 9000.4], [0, 1, 2, 2, 2, 3]),
+    ],
+)
+def test_frames_are_repeated_until_the_next_ones_time(tmp_path, times, shown):
+    frames = [np.full((32, 48, 3), 60 * shade, np.uint8) for shade in range(4)]
+    write_video(tmp_path / "v.avi", frames, rate=10)
+    video = VideoReader(tmp_path / "v.avi")
+    capture, clock = video._capture, iter(times)
+    video._capture = SimpleNamespace(
+        read=capture.read, release=capture.release, get=lambda prop: 1000 * next(clock)
+    )
+    assert [round(frame.mean() / 60) for frame in video] == shown
 
 
 def test_what_is_wrong_with_a_video_is_said_once(tmp_path, capfd):
