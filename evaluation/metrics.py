@@ -63,6 +63,7 @@ class ConfusionMatrix:
         """What ``metrics.json`` holds; a value that does not exist is None. "score" is ADE20K's."""
         return {
             "mIoU": _number(self.mean_iou()),
+            "scored_classes": self.num_scored(),  # that mIoU is the mean of
             "mean_accuracy": _number(float(self.class_accuracy().nanmean())),
             "pixel_accuracy": _number(self.pixel_accuracy()),
             "score": _number((self.pixel_accuracy() + self.mean_iou()) / 2),

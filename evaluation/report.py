@@ -228,7 +228,11 @@ def _figures(metrics: Mapping[str, Any], other: Mapping[str, Any] | None) -> str
         if other is not None:
             value = other.get(key)
             before = f'<div class="soft">{_percent(value)} → {_change(metrics[key], value)}</div>'
-        items.append(f"<li><b>{_percent(metrics[key])}</b>{title}, %{before}</li>")
+        mean_of = ""
+        if key == "mIoU" and metrics["scored_classes"] < len(metrics["IoU"]):
+            words = f"mean of {metrics['scored_classes']} of {len(metrics['IoU'])} classes"
+            mean_of = f'<div class="soft">{words}</div>'
+        items.append(f"<li><b>{_percent(metrics[key])}</b>{title}, %{mean_of}{before}</li>")
     if speed := metrics.get("images_per_second"):
         items.append(f"<li><b>{speed:.3g}</b>images/s</li>")
     return "".join(items)

@@ -36,6 +36,7 @@ def test_a_class_that_does_not_occur_is_left_out_of_the_mean():
     assert matrix.mean_iou() == pytest.approx(1 / 3)
     summary = json.loads(json.dumps(matrix.summary(("a", "b", "c"))))
     assert summary["IoU"] == {"a": pytest.approx(2 / 3), "b": 0.0, "c": None}
+    assert summary["scored_classes"] == 2
     assert summary["accuracy"]["b"] is None
     assert summary["confusion_matrix"] == [[2, 1, 0], [0, 0, 0], [0, 0, 0]]
     rows = [line.split() for line in matrix.table(("a", "b", "c")).splitlines()]

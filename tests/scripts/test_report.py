@@ -152,6 +152,16 @@ def test_no_images_are_asked_for(samples):
     assert not reports.best
 
 
+@pytest.mark.parametrize("labels", [[0, 1, 2], [0, 1, 1]])
+def test_how_many_classes_the_mean_is_of(labels):
+    matrix = ConfusionMatrix(3)
+    matrix.update(torch.tensor(labels), torch.tensor(labels))
+    settings = {"checkpoint": "c.pth", "model": "ccnet", "dataset": "d", "split": "s", "images": 1}
+    metrics = matrix.summary(("a", "b", "c")) | {"settings": settings}
+    text = report_page(metrics, ((0, 0, 0),) * 3, ImageReports(0, None, 255, Normalization()), {})
+    assert ("mean of 2 of 3 classes" in text) is (labels == [0, 1, 1])
+
+
 def test_names_are_text_not_markup():
     matrix = ConfusionMatrix(2)
     matrix.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]))
