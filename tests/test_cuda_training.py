@@ -69,9 +69,10 @@ def test_a_deterministic_run_repeats_and_resumes(demo_data, tmp_path, amp):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_two_gpus_have_the_losses_of_one(demo_data, tmp_path, amp):
+@pytest.mark.parametrize("memory", [(), ("--checkpoint-activations", "--accumulate", 2)])
+def test_two_gpus_have_the_losses_of_one(demo_data, tmp_path, amp, memory):
     """In one process and in two; convolutions use TF32."""
-    options = ("--amp", amp, "--learning-rate", 1e-5, "--num-steps", 4, "--save-pred-every", 1)
+    options = (*memory, "--amp", amp, "--learning-rate", 1e-5, "--num-steps", 4, "--save-pred-every", 1)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     train(demo_data, tmp_path / "one", *options, "--gpu", "0")
     train(demo_data, tmp_path / "threads", *options, "--gpu", "0,1")
