@@ -1,6 +1,7 @@
 """Videos: frames in, and frames out as an .mp4 that common players open."""
 
 import importlib
+import logging
 import math
 import os
 import shutil
@@ -28,6 +29,8 @@ NO_H264 = (
 )
 # What is wrong with a file is said here, once.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+logger = logging.getLogger(__name__)
+
 if "OPENCV_LOG_LEVEL" not in os.environ:  # which OpenCV reads when it is imported
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
 
@@ -85,8 +88,17 @@ class VideoReader:
             self._capture.release()
         if read == 0:
             raise DataError(f"{self.path}: no frame of this video can be decoded")
-        if self.path.suffix.lower() in COUNTED_SUFFIXES and read < 0.95 * self.frames - 2:
-            raise DataError(f"{self.path}: only {read} of this video's {self.frames} frames can be decoded")
+        if self.path.suffix.lower() in COUNTED_SUFFIXES:
+            if read < 0.95 * self.frames - 2:
+                raise DataError(
+                    f"{self.path}: only {read} of this video's {self.frames} frames can be decoded"
+                )
+        elif shown < 0.95 * self.frames - 2:
+            seconds, whole = float(shown / self.rate), float(self.frames / self.rate)
+            logger.warning(
+                "%s: the frames end after %.1f of %.1f s: its sound is longer, or the file was cut off",
+                *(self.path, seconds, whole),
+            )
 
 
 def find_ffmpeg() -> str | None:

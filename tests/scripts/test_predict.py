@@ -261,7 +261,9 @@ def test_the_frames_of_a_damaged_video_are_kept(predict, tmp_path):
 
 
 @pytest.mark.parametrize(("suffix", "status"), [(".avi", 1), (".mkv", 0)])
-def test_frames_are_counted_only_where_the_container_does(predict, tmp_path, monkeypatch, suffix, status):
+def test_frames_are_counted_only_where_the_container_does(
+    predict, tmp_path, monkeypatch, caplog, suffix, status
+):
     write_video(tmp_path / f"v{suffix}", [random_picture(34, 42, seed=seed) for seed in range(4)])
     init = VideoReader.__init__
 
@@ -273,6 +275,7 @@ def test_frames_are_counted_only_where_the_container_does(predict, tmp_path, mon
     result = predict(tmp_path / f"v{suffix}")
     assert result.status == status, result.error
     assert ("only 4 of this video's 40 frames" in result.error) is (status == 1)
+    assert ("the frames end after 0.3 of 3.2 s" in caplog.text) is (status == 0)
     assert "4 images" in result.out
 
 
