@@ -99,7 +99,7 @@ def find_images(folder: Path, pattern: str = "*", stem_suffix: str = "") -> list
     images: list[Path] = []
     others: list[Path] = []
     for path in sorted(folder.glob(pattern)):
-        if _is_hidden(path, folder):
+        if is_hidden(path, folder):
             continue
         is_image = path.suffix.lower() in IMAGE_SUFFIXES and path.stem.endswith(stem_suffix)
         (images if is_image and is_file(path) else others).append(path)
@@ -109,7 +109,7 @@ def find_images(folder: Path, pattern: str = "*", stem_suffix: str = "") -> list
     if others:
         logger.warning(
             "%s: %d of %d files are no pictures of this data set and are left out: %s",
-            *(folder, len(others), len(images) + len(others), _name_some(others, folder)),
+            *(folder, len(others), len(images) + len(others), name_some(others, folder)),
         )
     return images
 
@@ -136,7 +136,7 @@ def pair_images(
     labels: dict[str, Path] = {}
     for path in sorted(folder.glob(pattern)):
         name, suffix = path.relative_to(folder).with_suffix("").as_posix(), path.suffix.lower()
-        is_label = suffix in IMAGE_SUFFIXES and not _is_hidden(path, folder)
+        is_label = suffix in IMAGE_SUFFIXES and not is_hidden(path, folder)
         if is_label and (suffix == ".png" or name not in labels):
             labels[name] = path
     image_of: dict[str, Path] = {}
@@ -148,16 +148,18 @@ def pair_images(
     if others:
         logger.warning(
             "%s: %d of %d labels have no image and are left out: %s",
-            *(folder, len(others), len(labels), _name_some(others, folder)),
+            *(folder, len(others), len(labels), name_some(others, folder)),
         )
     return [Pair(image, labels.get(name, folder / f"{name}.png")) for name, image in image_of.items()]
 
 
-def _is_hidden(path: Path, folder: Path) -> bool:
+def is_hidden(path: Path, folder: Path) -> bool:
+    """Whether the file or a folder on the way to it, from ``folder`` on, begins with a dot."""
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _name_some(paths: list[Path], folder: Path) -> str:
+def name_some(paths: list[Path], folder: Path) -> str:
+    """The first five paths, as they are below ``folder``, for a message."""
     return ", ".join(str(path.relative_to(folder)) for path in paths[:5]) + ", …" * bool(paths[5:])
 
 

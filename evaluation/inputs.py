@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset import DataError
-from dataset.source import IMAGE_SUFFIXES
+from dataset.source import IMAGE_SUFFIXES, is_hidden, name_some
 from evaluation.video import VIDEO_SUFFIXES
 from utils.arguments import UsageError
 
@@ -64,8 +64,9 @@ def _search(folder: Path, output_dir: Path) -> list[Path]:
     found: list[Path] = []
     others: list[Path] = []
     for path in files:
-        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not is_hidden and not any(path.resolve().is_relative_to(result) for result in results):
+        if not is_hidden(path, folder) and not any(
+            path.resolve().is_relative_to(result) for result in results
+        ):
             (found if path.suffix.lower() in suffixes else others).append(path)
     if not files:
         raise DataError(f"{folder}: this folder is empty")
@@ -74,10 +75,9 @@ def _search(folder: Path, output_dir: Path) -> list[Path]:
             f"{folder}: no picture or video in this folder and those below it (.png, .jpg, .tif, .mp4 …)"
         )
     if others:
-        names = ", ".join(str(path.relative_to(folder)) for path in others[:5])
         logger.warning(
             "%s: %d of %d files are no pictures or videos by their endings and are left out: %s",
-            *(folder, len(others), len(found) + len(others), names + (", …" if others[5:] else "")),
+            *(folder, len(others), len(found) + len(others), name_some(others, folder)),
         )
     return found
 

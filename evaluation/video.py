@@ -27,10 +27,10 @@ NO_H264 = (
     "no ffmpeg was found, so videos are MPEG-4 Part 2, which VLC and the like play but browsers do not; "
     "pip install imageio-ffmpeg gives H.264"
 )
-# What is wrong with a file is said here, once.
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 logger = logging.getLogger(__name__)
 
+# What is wrong with a file is said here, once.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 if "OPENCV_LOG_LEVEL" not in os.environ:  # which OpenCV reads when it is imported
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
 

@@ -12,9 +12,8 @@ from utils.fields import check_fields, from_dict, setting, to_dict
 # The network's fields among the flat settings of checkpoints from before there was a NetworkConfig.
 FLAT_SETTINGS = ("model", "num_classes", "backbone", "recurrence", "norm")
 
-
-# Fields that change what weights compute, but neither their names nor their shapes. R does
-# too, but is often changed on purpose.
+# Fields that change what weights compute, but neither their names nor their shapes. R does too, but is often
+# changed on purpose.
 NOT_IN_SHAPES = ("contracted_dilation", "mean", "std", "channel_order", "head_activation", "align_corners")
 
 
