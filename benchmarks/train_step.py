@@ -61,7 +61,10 @@ COLUMNS = ("images/s", "peak MiB")
 @contextmanager
 def usual_code() -> Iterator[None]:
     """The network without its savings: all activations held, attention by the tensor formulation."""
-    up_sample = partial(F.interpolate, mode="bilinear", align_corners=True)
+
+    def up_sample(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+        return F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
+
     with (
         patch("networks.resnet.norm_relu_conv", lambda norm, x, conv: conv(F.relu_(norm(x)))),
         patch("networks.resnet.run_block_pair", lambda first, second, x: second(first(x))),

@@ -65,7 +65,7 @@ class NetworkConfig:
     auxiliary_channels: int = setting(
         0, "width of the auxiliary head; 0: half of the channels that it sees", min=0
     )
-    align_corners: bool = setting(True, "how predictions enlarge logits, whether corners stay corners")
+    align_corners: bool = setting(True, "how logits are enlarged, whether corners stay corners")
 
     def __post_init__(self) -> None:
         check_fields(self)

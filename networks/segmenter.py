@@ -19,7 +19,7 @@ class Segmenter(nn.Module):
         auxiliary_head: supervises the backbone in training only.
         embedding: a 1×1 convolution of the head's features for a loss that wants fewer channels; computed in
             training only.
-        align_corners: how predictions enlarge the logits.
+        align_corners: how loss and predictions enlarge the logits.
 
     Attributes:
         config: the NetworkConfig that ``build_model`` made it from; None: it was composed by hand.

@@ -32,10 +32,11 @@ class Criterion:
         aux_weight: float,
         ignore_index: int,
         category_loss: CategoryConsistentLoss | None = None,
+        align_corners: bool = True,
     ) -> None:
         self.ohem, self.ohem_thres, self.ohem_keep = ohem, ohem_thres, ohem_keep
         self.aux_weight, self.ignore_index = aux_weight, ignore_index
-        self.category_loss = category_loss
+        self.category_loss, self.align_corners = category_loss, align_corners
 
     def __call__(self, outputs: Outputs, target: Tensor) -> Losses:
         """Logits {"out": (B,C,h,w), "aux": (B,C,h,w) or absent} and train ids (B,H,W) → losses."""
@@ -58,12 +59,8 @@ class Criterion:
         """
         if len(parts) > 1 and self.category_loss is not None:
             parts = [(_backward_at_once(outputs), target) for outputs, target in parts]
-        heads = [_Pixels(outputs["out"], target, self.ignore_index) for outputs, target in parts]
-        auxiliary = [
-            _Pixels(outputs["aux"], target, self.ignore_index)
-            for outputs, target in parts
-            if "aux" in outputs
-        ]
+        heads = [self._pixels(outputs["out"], target) for outputs, target in parts]
+        auxiliary = [self._pixels(outputs["aux"], target) for outputs, target in parts if "aux" in outputs]
         kept = self._hard_masks(heads, process) if self.ohem else [pixels.labelled for pixels in heads]
         counts = sum_on_first_device(
             [torch.stack((mask.sum(), x.labelled.sum())) for x, mask in zip(heads, kept, strict=True)]
@@ -91,6 +88,9 @@ class Criterion:
             losses |= terms
             losses["loss"] = losses["loss"] + total.to(losses["loss"].device)
         return losses
+
+    def _pixels(self, logits: Tensor, target: Tensor) -> "_Pixels":
+        return _Pixels(logits, target, self.ignore_index, self.align_corners)
 
     @torch.no_grad()
     def _hard_masks(self, heads: Sequence["_Pixels"], process: Process) -> list[Tensor]:
@@ -125,29 +125,33 @@ def _backward_at_once(outputs: Outputs) -> Outputs:
 
 
 class _UpSample(torch.autograd.Function):
-    """``F.interpolate``, bilinear with corners aligned, (B,C,h,w) → (B,C,H,W).
+    """``F.interpolate``, bilinear, (B,C,h,w) → (B,C,H,W).
 
     Its gradient as two products of matrices: PyTorch's own takes 4 ms of a step for each head on an H100, and
     has no repeatable form.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: Sequence[int]) -> Tensor:
-        ctx.size = x.shape[2:]
-        return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
+    def forward(ctx: Any, x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+        ctx.size, ctx.align_corners = x.shape[2:], align_corners
+        return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         down, across = (
-            _bilinear_weights(small, large, grad)
+            _bilinear_weights(small, large, ctx.align_corners, grad)
             for small, large in zip(ctx.size, grad.shape[2:], strict=True)
         )
-        return down.T @ (grad @ across), None
+        return down.T @ (grad @ across), None, None
 
 
-def _bilinear_weights(small: int, large: int, like: Tensor) -> Tensor:
-    """What each of ``large`` positions takes of each of ``small``, corners aligned: (large, small)."""
-    position = torch.arange(large, device=like.device, dtype=like.dtype) * ((small - 1) / max(large - 1, 1))
+def _bilinear_weights(small: int, large: int, align_corners: bool, like: Tensor) -> Tensor:
+    """What each of ``large`` positions takes of each of ``small``: (large, small)."""
+    position = torch.arange(large, device=like.device, dtype=like.dtype)
+    if align_corners:
+        position *= (small - 1) / max(large - 1, 1)
+    else:  # pixels are squares, of which the centres are compared
+        position = ((position + 0.5) * (small / large) - 0.5).clamp(0, small - 1)
     own = torch.arange(small, device=like.device, dtype=like.dtype)
     return (1 - (position.unsqueeze(1) - own).abs()).clamp(min=0)
 
@@ -155,11 +159,11 @@ def _bilinear_weights(small: int, large: int, like: Tensor) -> Tensor:
 class _Pixels:
     """The pixels of one part, and what logits at 1/8 say of their true classes."""
 
-    def __init__(self, logits: Tensor, target: Tensor, ignore_index: int) -> None:
+    def __init__(self, logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool) -> None:
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         # Contiguous, since log_softmax wants so: the large map would be copied, the small one is cheap to.
-        logits = _UpSample.apply(logits.contiguous(), target.shape[1:])
+        logits = _UpSample.apply(logits.contiguous(), target.shape[1:], align_corners)
         self.labelled = target != ignore_index  # (B,H,W)
         self.true_class = target.long().masked_fill(~self.labelled, 0)
         self.log_probability = logits.log_softmax(dim=1)  # (B,C,H,W)
@@ -204,11 +208,12 @@ def build_criterion(
     ignore_index: int = 255,
     ccl: bool = False,
     ccl_kind: str = "piecewise",
+    align_corners: bool = True,
 ) -> Criterion:
     """The reference's loss (its criterion.py and OhemCrossEntropy2d), without leaving the device.
 
-    Logits are up-sampled to the label's size (bilinear, corners aligned). Where no pixel counts, a whole
-    crop being ignored, the loss is 0 and so are its gradients.
+    Logits are up-sampled to the label's size (bilinear). Where no pixel counts, a whole crop being ignored,
+    the loss is 0 and so are its gradients.
 
     Args:
         ohem: leave out the pixels of the head that are easy: those whose true class has a probability
@@ -219,12 +224,13 @@ def build_criterion(
         ignore_index: label that does not count.
         ccl: add the category consistent loss of outputs["embedding"] (TPAMI 2020, section 3.4).
         ccl_kind: its intra-class distance, "piecewise" or "quadratic".
+        align_corners: how logits are up-sampled; the reference aligns corners.
 
     Returns:
         A callable on (outputs: {"out": logits, "aux": logits}, target (B,H,W)) that returns a dict.
     """
     category_loss = CategoryConsistentLoss(ignore_index, ccl_kind) if ccl else None
-    return Criterion(ohem, ohem_thres, ohem_keep, aux_weight, ignore_index, category_loss)
+    return Criterion(ohem, ohem_thres, ohem_keep, aux_weight, ignore_index, category_loss, align_corners)
 
 
 # Other losses by name: a recipe's ``criterion`` chooses one. Keywords are those of ``build_criterion``.

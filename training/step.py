@@ -269,6 +269,7 @@ def build_step(
         ignore_index=ignore_index,
         ccl=recipe.ccl,
         ccl_kind=recipe.ccl_kind,
+        align_corners=recipe.network.align_corners,
     )
     return TrainStep(network, criterion, optimizer, process, recipe.amp, recipe.accumulate, abort)
 

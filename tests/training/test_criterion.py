@@ -27,7 +27,7 @@ def upsample(logits, target):
 
 
 def threshold_of(small, target, thres, keep):
-    return ohem_threshold(_Pixels(small.detach(), target, 255).on_grid(), thres, keep)
+    return ohem_threshold(_Pixels(small.detach(), target, 255, True).on_grid(), thres, keep)
 
 
 def reference_threshold(probabilities, labels, thres, keep, mode="constant"):
@@ -57,21 +57,32 @@ def reference_loss(logits, target, threshold):
     return -np.log(kept).mean() if kept else 0.0
 
 
+@pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize(
     ("small", "large"),
     [((5, 7), (17, 20)), ((1, 4), (1, 9)), ((4, 1), (9, 5)), ((6, 6), (3, 4)), ((3, 3), (1, 1))],
 )
-def test_gradient_of_the_up_sampling(small, large):
+def test_gradient_of_the_up_sampling(small, large, align_corners):
     x = torch.randn(2, 3, *small, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(2, 3, *large, dtype=torch.float64)
     ours, theirs = (
         torch.autograd.grad(y, x, grad)[0]
         for y in (
-            _UpSample.apply(x, large),
-            F.interpolate(x, large, mode="bilinear", align_corners=True),
+            _UpSample.apply(x, large, align_corners),
+            F.interpolate(x, large, mode="bilinear", align_corners=align_corners),
         )
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_logits_are_enlarged_as_the_network_says():
+    small, target = sample(height=45, width=61)
+    criterion = build_criterion(align_corners=False, aux_weight=0.5)
+    loss = criterion({"out": small, "aux": 2 * small}, target)["loss"]
+    large = F.interpolate(small, (45, 61), mode="bilinear", align_corners=False)
+    expected = F.cross_entropy(large, target, ignore_index=255)
+    expected = expected + 0.5 * F.cross_entropy(2 * large, target, ignore_index=255)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("height", "width"), [(45, 61), (97, 33), (9, 130), (3, 5), (8, 8), (12, 20)])

@@ -12,6 +12,7 @@ from torch import nn
 import libs
 from dataset import Batch
 from libs import ABN, InPlaceABN, InPlaceABNSync
+from networks.config import NetworkConfig
 from networks.layers import SampleDropout2d
 from tests.scripts.processes import CONTEXT
 from training.criterion import build_criterion
@@ -20,6 +21,7 @@ from training.step import (
     TrainingError,
     TrainStep,
     build_optimizer,
+    build_step,
     complete_momentum,
     give_gradients_the_strides_of_parameters,
     set_rates,
@@ -319,6 +321,13 @@ def test_each_parameter_group_keeps_its_rate_and_decay():
         set_rates(optimizer, recipe, step)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1 * share, share])
         assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-2, 0.0]
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_the_loss_enlarges_logits_as_predictions_do(align_corners):
+    recipe = Recipe(NetworkConfig(align_corners=align_corners))
+    step = build_step(Network(ABN), recipe, 255, Process((CPU,)))
+    assert step.criterion.align_corners == align_corners
 
 
 def test_an_optimiser_without_momentum(tmp_path):
