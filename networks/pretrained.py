@@ -17,6 +17,7 @@ from networks.registry import build_model
 from networks.resnet import STEMS
 from networks.segmenter import Segmenter
 from utils.checkpoint import CheckpointError, load_checkpoint, load_weights, model_state
+from utils.fields import UnknownChoiceError
 
 EMBEDDING = ("embedding.",)  # in training only
 IMAGENET_CLASSIFIER = ("fc.",)
@@ -43,8 +44,8 @@ def restore_model(contents: dict[str, Any], path: Path, **settings: Any) -> tupl
         config = config_of(contents, state, **settings)
         model = build_model(config)
     except (TypeError, ValueError) as error:
-        unknown = not isinstance(error, TypeError) and "must be one of" in str(error)
-        hint = "; a file of yours that adds it is named by --recipe module:NAME" if unknown else ""
+        is_unknown = isinstance(error, UnknownChoiceError)
+        hint = "; a file of yours that adds it is named by --recipe module:NAME" if is_unknown else ""
         raise CheckpointError(f"{path}: its settings make no network ({error}){hint}") from None
     state = to_our_names(contents, state)
     _check_stem(state, model, path)

@@ -22,7 +22,7 @@ ALSO_ALLOWED = {
     "libs/native.py": {"cc_attention.native"},
     "libs/__main__.py": {"cc_attention.doctor"},
     "networks/config.py": {"utils.fields"},
-    "networks/pretrained.py": {"utils.checkpoint"},
+    "networks/pretrained.py": {"utils.checkpoint", "utils.fields"},
     "evaluation/predictor.py": {"networks", "cc_attention"},
     "evaluation/attention_page.py": {"networks", "cc_attention"},
 }

@@ -20,6 +20,7 @@ from utils.checkpoint import (
     set_random_state,
 )
 from utils.distributed import PeerError, Process
+from utils.fields import UnknownChoiceError
 
 NEEDED = {"model", "optimizer", "step", "random_states"}
 
@@ -100,11 +101,11 @@ def saved_recipe(
         return recipe_from_dict(checkpoint["recipe"], network), str(checkpoint["data"]["images"])
     except KeyError as error:
         raise CheckpointError(f"{path}: {what_fails}, it lacks {error.args[0]}") from None
+    except UnknownChoiceError as error:
+        hint = "--recipe module:NAME makes a file of yours known"
+        raise CheckpointError(f"{path}: {what_fails}, its settings are not known ({error}; {hint})") from None
     except ValueError as error:
-        unknown = "must be one of" in str(error)
-        reason = f"{error}; --recipe module:NAME makes a file of yours known" if unknown else error
-        what = "settings are not known" if unknown else "contents are damaged"
-        raise CheckpointError(f"{path}: {what_fails}, its {what} ({reason})") from None
+        raise CheckpointError(f"{path}: {what_fails}, its contents are damaged ({error})") from None
     except (TypeError, AttributeError):
         reason = "its settings are not named values"
         raise CheckpointError(f"{path}: {what_fails}, its contents are damaged ({reason})") from None

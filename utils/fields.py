@@ -16,6 +16,10 @@ Settings = TypeVar("Settings")
 Choices = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
+class UnknownChoiceError(ValueError):
+    """A value that is not among a field's choices, to which a module of the user's may add it."""
+
+
 def setting(
     default: Any,
     help: str,
@@ -75,7 +79,7 @@ def check_value(field: "dataclasses.Field[Any]", kind: Any, value: Any) -> None:
     choices = choices_of(field)
     if choices is not None and value not in choices:
         known = ", ".join(str(choice) for choice in choices)
-        raise ValueError(f"{field.name} must be one of {known}; got {value!r}")
+        raise UnknownChoiceError(f"{field.name} must be one of {known}; got {value!r}")
     if not _has_type(value, kind):
         raise ValueError(f"{field.name} must be {_describe(kind)}; got {value!r}")
     for number in value if isinstance(value, tuple) else (value,):
