@@ -123,11 +123,12 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
         num_classes = trained["num_classes"]
     spec = find_dataset(options.data_dir, options.dataset, num_classes, ignore_label)
     pairs = list_samples(spec, options.data_dir, options.split, options.data_list)
-    if any(pair.label is None for pair in pairs):
+    unlabelled = next((pair.image for pair in pairs if pair.label is None), None)
+    if unlabelled is not None:
         if options.report:
-            raise DataError("--report: these images have no labels to be scored against")
+            raise DataError(f"--report: {unlabelled} has no label to be scored against")
         if not (options.save or options.submission):
-            raise DataError("these images have no labels to be scored against; --save keeps the predictions")
+            raise DataError(f"{unlabelled} has no label to be scored against; --save keeps the predictions")
     if options.submission and spec.name != "cityscapes":
         raise UsageError(f"--submission is for Cityscapes' server; this data set is {spec.name}")
     other = None

@@ -5,32 +5,33 @@ from utils import startup
 startup.prepare()  # before imports that take seconds
 
 import sys
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import cc_attention
 import libs
-from dataset import StepSampler, load_batches
+from dataset import Batch, StepSampler, load_batches
 from evaluation.inference import sliding
 from evaluation.pictures import panels
 from evaluation.scores import validation_scores
 from networks import build_model, fold_norms, network_of, start_from
 from training.category_loss import CCL_CHANNELS
 from training.command import NO_DATA, Command, parse_args
-from training.data import TrainingData, find_data, load_data
-from training.interruption import Interruption
+from training.data import find_data, load_data
 from training.options import RunOptions
-from training.progress import LossWindow, Progress, was_logged
-from training.provenance import describe, summary, write_run_file
-from training.recipes import Recipe, format_recipe
-from training.resumption import Resumed, check_same_start, find_resumed, restore, resumption_lines, run_state
-from training.snapshots import Snapshots, checkpoint_size, find_checkpoint
-from training.step import TrainStep, build_step, make_deterministic, set_rates
+from training.progress import LossWindow, Progress
+from training.recipes import format_recipe
+from training.resumption import Resumed, check_same_start, find_resumed, restore
+from training.run import Run, is_due
+from training.snapshots import Snapshots, find_checkpoint
+from training.step import build_step, make_deterministic, set_rates
 from utils.arguments import run_script
 from utils.checkpoint import load_checkpoint
 from utils.distributed import Process, choose_devices, process_group
@@ -38,24 +39,6 @@ from utils.memory import FreedMemory
 
 LOG_EVERY = 10  # steps; reading a loss waits for the device, so it is not done at every step
 PICTURES = 10  # how often in a run predictions are shown in TensorBoard
-
-
-@dataclass
-class Run:
-    """What the parts of a training run share."""
-
-    recipe: Recipe
-    options: RunOptions
-    process: Process
-    data: TrainingData
-    step: TrainStep
-    snapshots: Snapshots
-    interruption: Interruption = field(default_factory=Interruption)
-    best_miou: float = -1.0
-
-    def state(self, step: int) -> dict[str, Any]:
-        """The checkpoint of a step; to be called in all processes."""
-        return run_state(self.step, step, self.recipe, self.data.spec, self.data.images)
 
 
 def main() -> None:
@@ -70,20 +53,19 @@ def main() -> None:
         with process.all_or_none():
             resumed = find_resumed(options.resume, options.snapshot_dir)
             run = build(command, resumed, process)
-            first_step = options.start_iters
             if resumed is not None:
-                first_step = restore(resumed, run.step, run.recipe, run.data.images)
+                run.first_step = restore(resumed, run.step, run.recipe, run.data.images)
             elif options.resume is not None and process.is_main:
                 print(
                     f"--resume: no {run.snapshots.prefix}_*.pth in {options.snapshot_dir} yet, starting anew"
                 )
-        check_same_start(process, run.data.images, first_step)
+        check_same_start(process, run.data.images, run.first_step)
         with ExitStack() as stack:
             with process.all_or_none():
                 if process.is_main:
                     stack.enter_context(run.snapshots.locked())
-                    prepare(run, first_step, resumed)
-            train(run, first_step)
+                    run.prepare(resumed, implementations(run.step.network))
+            train(run)
     if run.interruption.signum:
         sys.exit(128 + run.interruption.signum)
 
@@ -147,46 +129,25 @@ def build(command: Command, resumed: Resumed | None, process: Process) -> Run:
     step = build_step(network, recipe, spec.ignore_label, process, libs.abort)
     torch.manual_seed(recipe.random_seed + process.rank)  # for layers that do not draw by the samples' keys
     snapshots = Snapshots(options.snapshot_dir, spec.prefix, options.keep_last)
-    return Run(recipe, options, process, data, step, snapshots)
+    return Run(recipe, options, process, data, step, snapshots, options.start_iters)
 
 
-def prepare(run: Run, first_step: int, resumed: Resumed | None) -> None:
-    """Check the folder, print the summary, write ``run.json``."""
-    options, network, data = run.options, run.step.network, run.data
-    steps = max(run.recipe.num_steps - first_step, 0)
-    run.snapshots.prepare(
-        first_step,
-        options.resume is not None,
-        checkpoint_size(network),
-        to_come=-(-steps // options.save_pred_every),
-        best=steps > 0 and options.val_every > 0,
-    )
+def implementations(network: nn.Module) -> list[str]:
+    """Lines of the summary: which code computes attention and normalisation."""
     norm = next((type(x).__name__ for x in network.modules() if isinstance(x, libs.ABN)), "no ABN")
-    lines = resumption_lines(resumed, run.recipe, run.process.world_size) if resumed else []
-    lines += [f"data      {data.spec.name}, {len(data.train.pairs)} images", *data.remarks]
-    lines += summary(run.recipe, options, run.step, len(data.train.pairs), first_step)
-    lines += [f"attention {cc_attention.backend()}", f"norm      {norm}; {libs.backend()}"]
-    print("\n".join(lines))
-    if steps:
-        start = describe(run.recipe, options, first_step, run.process.world_size)
-        write_run_file(options.snapshot_dir / "run.json", start, continues=first_step > options.start_iters)
+    return [f"attention {cc_attention.backend()}", f"norm      {norm}; {libs.backend()}"]
 
 
-def train(run: Run, first_step: int) -> None:
+def train(run: Run) -> None:
     """The loop over the steps that are left, or until a signal comes."""
-    recipe, options, process = run.recipe, run.options, run.process
-    # A kill may have come between a checkpoint and its evaluation.
-    has_checkpoint = first_step > options.start_iters
-    pending = has_checkpoint and is_due(options.val_every, first_step)
-    pending = pending and not was_logged(options.snapshot_dir, first_step, "mIoU")
-    pending = process.all_gather_object(pending)[0]
-    if first_step >= recipe.num_steps and not pending:
+    recipe, options, process, first_step = run.recipe, run.options, run.process, run.first_step
+    lacks_evaluation = run.lacks_evaluation()
+    if first_step >= recipe.num_steps and not lacks_evaluation:
         if process.is_main:
             print(f"the run is complete: {first_step} steps are done, --num-steps is {recipe.num_steps}")
         return
     if run.data.validation:
-        best = run.snapshots.best_miou(run.data.validation_images) if process.is_main else None
-        run.best_miou = process.all_gather_object(best)[0]
+        run.find_best()
     sampler = StepSampler(
         recipe.batch_size, first_step, recipe.num_steps, process.rank, process.world_size, recipe.accumulate
     )
@@ -194,16 +155,10 @@ def train(run: Run, first_step: int) -> None:
         run.data.train, sampler, options.num_workers, pin_memory=process.device.type == "cuda"
     )
     run.step.wrap_model(options.compile)
-    window, normalization = LossWindow(process, recipe.batch_size), run.data.train.transform.normalization
-    freed_memory = FreedMemory()
+    window, freed_memory = LossWindow(process, recipe.batch_size), FreedMemory()
     done = saved = first_step
-    with (
-        run.interruption,
-        Progress(options.snapshot_dir, first_step, recipe.num_steps)
-        if process.is_main
-        else nullcontext() as progress,
-    ):
-        if pending:
+    with run.interruption, run.progress() as progress:
+        if lacks_evaluation:
             validate(run, first_step, progress)
         for step in range(first_step + 1, recipe.num_steps + 1):
             window.begin()
@@ -219,45 +174,30 @@ def train(run: Run, first_step: int) -> None:
 
             save_now = is_due(options.save_pred_every, step) or step == recipe.num_steps
             if save_now or is_due(LOG_EVERY, step):
-                log(run, step, window.read(step), progress)
+                run.log(step, window.read(step), progress)
                 freed_memory.give_back()
             if progress and is_due(max(recipe.num_steps // PICTURES, 1), step):
-                labels, aligned = run.data.spec.labels, recipe.network.align_corners
-                shown = panels(batch, logits, options.save_num_images, labels, normalization, aligned)
-                progress.pictures(step, shown)
+                progress.pictures(step, pictures(run, batch, logits))
             if save_now:
-                save(run, step)
+                run.save(step)
                 saved = step
             if is_due(options.val_every, step):
                 validate(run, step, progress)
         if done > saved:  # a signal came
             if len(window):
-                log(run, done, window.read(done), progress)
-            save(run, done)
+                run.log(done, window.read(done), progress)
+            run.save(done)
         elif done == recipe.num_steps and process.is_main:
             run.snapshots.prune()
     if run.interruption.signum and process.is_main:
         print(f"stopped after step {done}; --resume continues from there", file=sys.stderr)
 
 
-def is_due(every: int, step: int) -> bool:
-    """Whether something is to be done after this step; never if ``every`` is 0."""
-    return every > 0 and step > 0 and step % every == 0
-
-
-def log(run: Run, step: int, losses: dict[str, float], progress: Progress | None) -> None:
-    """Write the losses of the last steps and the state of the optimiser."""
-    if progress:
-        run.snapshots.prune()  # losses are finite, so are the weights they come from
-        progress.losses(step, losses | run.step.measurements())
-
-
-def save(run: Run, step: int) -> None:
-    """Write the checkpoint of a step."""
-    checkpoint = run.state(step)
-    with run.process.all_or_none():
-        if run.process.is_main:
-            tqdm.write(f"saved {run.snapshots.save(checkpoint, step)}")
+def pictures(run: Run, batch: Batch, logits: Tensor) -> list[np.ndarray]:
+    """Images, labels and predictions of the first images of a batch."""
+    labels, normalization = run.data.spec.labels, run.data.train.transform.normalization
+    aligned = run.recipe.network.align_corners
+    return panels(batch, logits, run.options.save_num_images, labels, normalization, aligned)
 
 
 def validate(run: Run, step: int, progress: Progress | None) -> None:
@@ -271,20 +211,11 @@ def validate(run: Run, step: int, progress: Progress | None) -> None:
     )
     if scores is None:
         return  # a signal came: it is made up for when the run goes on
-    miou = scores["mIoU"]
-    is_best = miou > run.best_miou
-    if is_best:
-        checkpoint = run.state(step) | {
-            "validation": {"step": step, "images": run.data.validation_images, **scores}
-        }
-        with process.all_or_none():
-            if process.is_main:
-                run.snapshots.save_best(checkpoint)
+    is_best = run.keep_if_best(step, scores)
     if progress:  # only now, so that after a kill before this line the evaluation is repeated
         progress.scalars(step, scores, group="val")
         best = "the best so far" if is_best else f"best {100 * run.best_miou:.2f}"
-        tqdm.write(f"step {step}: mIoU {100 * miou:.2f} over {len(data.validation)} images, {best}")
-    run.best_miou = max(miou, run.best_miou)
+        tqdm.write(f"step {step}: mIoU {100 * scores['mIoU']:.2f} over {len(data.validation)} images, {best}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
 import numpy as np
 
@@ -30,7 +31,8 @@ class LabelTable:
         mirror_pairs: train ids of classes that swap when an image is mirrored, such as left and right arm.
 
     Raises:
-        ValueError: lists of different lengths, or a value outside 0 .. 255.
+        ValueError: lists of different lengths, one id for two classes, a name that is no text, values outside
+            0 .. 255.
     """
 
     names: tuple[str, ...]
@@ -45,9 +47,18 @@ class LabelTable:
                 f"a label table needs as many names ({len(self.names)}) as ids ({len(self.ids)}) "
                 f"and colours ({len(self.palette)})"
             )
+        for name in self.names:
+            if not isinstance(name, str):
+                raise ValueError(f"names of classes are texts, got {name!r}")
         for value in (*self.ids, *self.ignored_ids):
             if not 0 <= value <= 255:
                 raise ValueError(f"a label table holds values 0..255, got {value}")
+        if len(set(self.ids)) < len(self.ids):
+            raise ValueError(f"each class has an id of its own, got {self.ids}")
+        for colour in self.palette:
+            is_triple = isinstance(colour, tuple | list) and len(colour) == 3
+            if not (is_triple and all(isinstance(x, Integral) and 0 <= x <= 255 for x in colour)):
+                raise ValueError(f"a colour is three whole numbers 0..255, got {colour!r}")
         for pair in self.mirror_pairs:
             if not all(0 <= train_id < self.num_classes for train_id in pair):
                 raise ValueError(f"mirror_pairs holds train ids 0..{self.num_classes - 1}, got {pair}")

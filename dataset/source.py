@@ -42,6 +42,9 @@ class DatasetSpec:
         list_samples: the pairs of a split (folder, split).
         frame_of: sequence and frame number of an image of a video; None for one whose name tells neither.
         ignore_label: the train id that pixels without a class get when labels are encoded.
+
+    Raises:
+        ValueError: two classes of one name, or a prefix that is no file name.
     """
 
     name: str
@@ -54,6 +57,13 @@ class DatasetSpec:
     list_samples: Callable[[Path, str], list[Pair]]
     frame_of: Callable[[Path], tuple[str, int] | None] | None = None
     ignore_label: int = 255
+
+    def __post_init__(self) -> None:
+        names = self.labels.names
+        if len(set(names)) < len(names):
+            raise ValueError(f"each class of {self.name} has a name of its own, got {names}")
+        if not self.prefix or "/" in self.prefix:
+            raise ValueError(f"checkpoints' names begin with the prefix, which cannot be {self.prefix!r}")
 
 
 def list_samples(spec: DatasetSpec, root: Path, split: str, list_file: Path | None = None) -> list[Pair]:
@@ -76,6 +86,8 @@ def list_samples(spec: DatasetSpec, root: Path, split: str, list_file: Path | No
             f"--split {split}: {spec.name} has {', '.join(spec.splits) or 'no splits of its own'}"
         )
     pairs = spec.list_samples(root, split)
+    if not pairs:
+        raise DataError(f"{root}: no samples of split {split} of {spec.name}; expected {spec.layout}")
     for pair in pairs:
         for path in pair:
             if path is not None and not is_file(path):
@@ -196,7 +208,8 @@ def _find_list(list_file: Path, root: Path) -> Path:
         if is_file(place):
             return place
     looked_for = " and ".join(str(place.absolute()) for place in places)
-    raise DataError(f"{list_file}: cannot read this list file; no such file (looked for {looked_for})")
+    fault = "it is a folder" if any(place.is_dir() for place in places) else "no such file"
+    raise DataError(f"{list_file}: cannot read this list file; {fault} (looked for {looked_for})")
 
 
 def read_lines(list_file: Path) -> list[str]:

@@ -92,6 +92,7 @@ class Predictor:
             model, trained = cast(Segmenter, source), (PUBLISHED_TILE, 1)
             classes = model.head.classifier.out_channels
             self.labels = labels or (CITYSCAPES if classes == 19 else generic_table(classes))
+            self._takes_clips = True  # it is not known what it was trained on
         else:
             path = Path(source)
             contents = load_checkpoint(path)
@@ -99,6 +100,7 @@ class Predictor:
             trained = _trained_on(contents, path)
             classes = config.num_classes
             self.labels = labels or labels_of(contents, path, classes, num_classes)
+            self._takes_clips = trained[1] > 1
         if self.labels.num_classes != classes:
             raise ValueError(
                 f"labels must be of the network's {classes} classes; got {self.labels.num_classes}"
@@ -133,15 +135,20 @@ class Predictor:
         """Pictures, or clips, of one size → the ids of each; as many as fit go through the network together.
 
         Raises:
-            ValueError: another type, or different shapes.
+            ValueError: another type, different shapes, or a clip for a network that was trained on pictures.
             PredictionError: the network's output is not finite.
         """
         for image in images:
             _check(image)
             if image.shape != images[0].shape:
                 raise ValueError(f"a batch has images of one shape; got {images[0].shape} and {image.shape}")
+            if image.ndim == 4 and not self._takes_clips:
+                raise ValueError(
+                    f"this network was trained on single pictures, (H,W,3), got {image.shape}; "
+                    "predict_batch takes several"
+                )
         results: list[np.ndarray] = []
-        together = self._together(images[0].shape) if images else 1
+        together = self._together(images[0].shape) if len(images) else 1
         for start in range(0, len(images), together):
             batch = images[start : start + together]
             ids = class_ids(self._logits(self._normalized(batch))).cpu().numpy()

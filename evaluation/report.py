@@ -291,7 +291,8 @@ def _matrix(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     margin = 9 * max(len(name) for name in names) + 10 if is_named else 0
     extent = count * size
     lines = [
-        f'<svg viewBox="0 0 {margin + extent} {margin + extent}" role="img" aria-label="confusion matrix">',
+        f'<svg viewBox="0 0 {margin + extent} {margin + extent}" role="img" aria-label="confusion matrix" '
+        f'style="max-width:{1.5 * (margin + extent):.0f}px">',
         f'<image href="{url}" x="{margin}" y="{margin}" width="{extent}" height="{extent}" '
         'preserveAspectRatio="none" style="image-rendering:pixelated"/>',
         f'<rect x="{margin}" y="{margin}" width="{extent}" height="{extent}" fill="none" stroke="#9aa5b0"/>',

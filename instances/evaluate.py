@@ -25,6 +25,7 @@ from instances.coco import (
 )
 from instances.errors import InstancesError, UsageError, require, run_script
 from instances.model import load_model
+from instances.options import HelpFormatter
 from instances.pictures import draw_instances
 from instances.train import checkpoints
 from utils.distributed import Process, choose_devices, process_group
@@ -36,7 +37,7 @@ Detection = dict[str, Any]
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "instances.evaluate", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )  # fmt: skip
     parser.add_argument("--data-dir", type=Path, required=True, help="COCO's folder")
     parser.add_argument("--split", default="val2017", help="instances_<split>.json and <split>/")

@@ -76,21 +76,21 @@ def config_of_mmsegmentation(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def from_mmsegmentation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """mmsegmentation's state dict, without batch counters, under our names: the same function.
+    """mmsegmentation's state dict under our names: the same function.
 
     BatchNorm's weights, which may be negative, become those of ABN; the auxiliary head's convolution, which
     has a bias here, gets zeros. Entries that are no part of the network keep their names.
     """
     ours: dict[str, Tensor] = {}
     for name, value in state.items():
-        if name.startswith("data_preprocessor."):
+        if name.startswith("data_preprocessor.") or name.endswith("num_batches_tracked"):
             continue
         for their_start, our_start in NAMES:
             if name.startswith(their_start):
                 name = our_start + name[len(their_start) :]
                 break
         ours[name] = value.reshape(1) if name == GAMMA and value.dim() == 0 else value
-    ours = from_batch_norm(ours)
+    ours = from_batch_norm(ours, {f"{norm}." for norm in norm_of_conv(ours).values()})
     if "dsn.0.weight" in ours:
         ours.setdefault("dsn.0.bias", ours["dsn.0.weight"].new_zeros(len(ours["dsn.0.weight"])))
     return ours

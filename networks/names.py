@@ -1,7 +1,7 @@
 """State dicts of other codes and ours: the reference's names, plain BatchNorm, torchvision's weights."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -152,13 +152,20 @@ def norm_of_conv(state: Mapping[str, Tensor]) -> dict[str, str]:
     return {conv: norm for conv, norm in pairs.items() if f"{conv}.weight" in state and conv != norm}
 
 
-def from_batch_norm(state: Mapping[str, Tensor], eps: float = 1e-5) -> dict[str, Tensor]:
-    """A state dict in the reference's names whose normalisation is BatchNorm, for ABN: the same function.
+def from_batch_norm(
+    state: Mapping[str, Tensor], norms: Collection[str], eps: float = 1e-5
+) -> dict[str, Tensor]:
+    """A state dict in the reference's names with BatchNorm, for ABN in its place: the same function.
 
     BatchNorm's weights may be negative or smaller than eps, where ABN scales by |weight| + eps.
+
+    Args:
+        norms: prefixes ("bn1.") of the entries that are BatchNorm's.
     """
     converted = dict(state)
     for conv, norm in norm_of_conv(state).items():
+        if f"{norm}." not in norms:
+            continue
         names = (f"{conv}.weight", f"{norm}.weight", f"{norm}.running_mean")
         if all(name in state for name in names):
             factor = _factor(state[f"{norm}.weight"].float(), eps)

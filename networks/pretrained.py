@@ -16,7 +16,7 @@ from networks.names import from_batch_norm, from_torchvision
 from networks.registry import build_model
 from networks.resnet import STEMS
 from networks.segmenter import Segmenter
-from utils.checkpoint import CheckpointError, load_checkpoint, load_weights, model_state
+from utils.checkpoint import COUNTER, CheckpointError, load_checkpoint, load_weights, model_state
 from utils.fields import UnknownChoiceError
 
 EMBEDDING = ("embedding.",)  # in training only
@@ -47,33 +47,22 @@ def restore_model(contents: dict[str, Any], path: Path, **settings: Any) -> tupl
         is_unknown = isinstance(error, UnknownChoiceError)
         hint = "; a file of yours that adds it is named by --recipe module:NAME" if is_unknown else ""
         raise CheckpointError(f"{path}: its settings make no network ({error}){hint}") from None
-    state = to_our_names(contents, state)
+    state = to_our_names(state, model)
     _check_stem(state, model, path)
     auxiliary = () if any(name.startswith("dsn.") for name in state) else ("dsn.",)
     load_weights(model, state, path, may_lack=auxiliary, skip=EMBEDDING)
     return model.eval(), config
 
 
-def to_our_names(contents: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a file as our networks have it: mmsegmentation's names, or BatchNorm instead of ABN.
+def to_our_names(state: dict[str, Tensor], model: Segmenter) -> dict[str, Tensor]:
+    """A state dict as the model has it: of mmsegmentation's names, or with BatchNorm in the place of ABN.
 
-    Args:
-        contents: the file's, which tells BatchNorm by its counters of batches.
-        state: ``model_state`` of it.
+    BatchNorm is known by its counters of batches; where the model has one too, it stays as it is.
     """
     if is_mmsegmentation(state):
         return from_mmsegmentation(state)
-    is_whole = any(name.startswith("head.") for name in state)
-    return from_batch_norm(state) if is_whole and _has_batch_counters(contents) else state
-
-
-def _has_batch_counters(contents: dict[str, Any]) -> bool:
-    return any(
-        _has_batch_counters(value)
-        if isinstance(value, dict)
-        else isinstance(name, str) and name.endswith("num_batches_tracked")
-        for name, value in contents.items()
-    )
+    counters = {name for name in state if name.endswith(COUNTER)} - model.state_dict().keys()
+    return from_batch_norm(state, {name.removesuffix(COUNTER) for name in counters})
 
 
 def _check_stem(state: dict[str, Tensor], model: Segmenter, path: Path) -> None:
@@ -202,16 +191,15 @@ def start_from(model: Segmenter, contents: dict[str, Any], path: Path, new_class
     state = model_state(contents, path)
     if is_mmsegmentation(state):
         _check_is_mmsegmentation(model, path)
-    state = to_our_names(contents, state)
+    has_heads = is_mmsegmentation(state) or any(name.startswith(("head.", "dsn.")) for name in state)
+    _check_stem(state, model, path)
+    if has_heads or getattr(model.backbone, "stem", None) != "plain":
+        state = to_our_names(state, model)
+    else:
+        state = from_torchvision(state, model.backbone)
     own, backbone, classifiers = model.state_dict(), model.backbone_names(), model.classifier_names()
     heads = tuple(name for name in own if name not in backbone)
-    is_backbone = not any(name.startswith(("head.", "dsn.")) for name in state)
-    _check_stem(state, model, path)
-    if is_backbone and getattr(model.backbone, "stem", None) == "plain":
-        state = from_torchvision(state, model.backbone)
-    elif is_backbone and _has_batch_counters(contents):
-        state = from_batch_norm(state)
-    may_lack, skip = (heads, IMAGENET_CLASSIFIER) if is_backbone else (EMBEDDING, ())
+    may_lack, skip = (EMBEDDING, ()) if has_heads else (heads, IMAGENET_CLASSIFIER)
     if model.embedding is None:
         skip = (*skip, *EMBEDDING)
     if new_classifiers:
@@ -223,4 +211,6 @@ def start_from(model: Segmenter, contents: dict[str, Any], path: Path, new_class
         if new_classifiers or not other or not all(name in classifiers for name in other):
             raise
         raise CheckpointError(f"{error}; --not-restore-last leaves the classifiers out") from None
-    return "heads" if is_backbone else "classifiers" if new_classifiers else ""
+    if has_heads:
+        return "classifiers" if new_classifiers else ""
+    return "heads"

@@ -9,6 +9,9 @@ from networks.heads import Head
 from networks.names import use_reference_names
 from networks.resnet import Backbone
 
+# A backbone's entries have no prefix in the state dict, so its modules have other names than these.
+RESERVED = {"backbone", "head", "dsn", "auxiliary_head", "embedding"}
+
 
 class Segmenter(nn.Module):
     """The whole network, whose state dict has the reference's names (``conv1…``, ``head.…``, ``dsn.…``).
@@ -20,6 +23,9 @@ class Segmenter(nn.Module):
         embedding: a 1×1 convolution of the head's features for a loss that wants fewer channels; computed in
             training only.
         align_corners: how loss and predictions enlarge the logits.
+
+    Raises:
+        ValueError: a module of the backbone has the name of one of the network's own.
 
     Attributes:
         config: the NetworkConfig that ``build_model`` made it from; None: it was composed by hand.
@@ -38,6 +44,10 @@ class Segmenter(nn.Module):
         align_corners: bool = True,
     ) -> None:
         super().__init__()
+        taken = RESERVED & {name.split(".")[0] for name in backbone.state_dict(keep_vars=True)}
+        if taken:
+            names = ", ".join(sorted(taken))
+            raise ValueError(f"a backbone has no modules called {names}; the network's own have these names")
         self.align_corners = align_corners
         self.backbone, self.head, self.auxiliary_head = backbone, head, auxiliary_head
         self.embedding = embedding

@@ -209,6 +209,7 @@ def build_criterion(
     ccl: bool = False,
     ccl_kind: str = "piecewise",
     align_corners: bool = True,
+    kind: type[Criterion] = Criterion,
 ) -> Criterion:
     """The reference's loss (its criterion.py and OhemCrossEntropy2d), without leaving the device.
 
@@ -225,12 +226,13 @@ def build_criterion(
         ccl: add the category consistent loss of outputs["embedding"] (TPAMI 2020, section 3.4).
         ccl_kind: its intra-class distance, "piecewise" or "quadratic".
         align_corners: how logits are up-sampled; the reference aligns corners.
+        kind: a subclass of Criterion with a further term.
 
     Returns:
         A callable on (outputs: {"out": logits, "aux": logits}, target (B,H,W)) that returns a dict.
     """
     category_loss = CategoryConsistentLoss(ignore_index, ccl_kind) if ccl else None
-    return Criterion(ohem, ohem_thres, ohem_keep, aux_weight, ignore_index, category_loss, align_corners)
+    return kind(ohem, ohem_thres, ohem_keep, aux_weight, ignore_index, category_loss, align_corners)
 
 
 # Other losses by name: a recipe's ``criterion`` chooses one. Keywords are those of ``build_criterion``.

@@ -3,8 +3,10 @@
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,7 +49,7 @@ class Recipe:
     )
     random_affine: bool = setting(
         False,
-        "instead, fit the whole image into the crop, scaled by up to 25 % and rotated",
+        "fit the whole image into the crop, scaled by up to 25 % and rotated, instead of cropping",
         group="augmentation",
     )
     random_mirror: bool = setting(True, "mirror left and right with probability 0.5", group="augmentation")
@@ -64,7 +66,9 @@ class Recipe:
     ohem_keep: int = setting(100000, "least number of pixels kept, for every two images", group="loss", min=0)
     aux_weight: float = setting(0.4, "weight of the auxiliary head's cross entropy", group="loss", min=0)
     ccl: bool = setting(False, "add the category consistent loss", group="loss")
-    ccl_kind: str = setting("piecewise", "its distance within a class", group="loss", choices=KINDS)
+    ccl_kind: str = setting(
+        "piecewise", "distance within a class in the category consistent loss", group="loss", choices=KINDS
+    )
 
     batch_size: int = setting(8, "images of a step, over all devices", group="schedule", min=1)
     num_steps: int = setting(60000, "length of the run", group="schedule", min=1)
@@ -168,9 +172,13 @@ def find_recipe(name: str) -> Recipe:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's file raises
+    except (Exception, SystemExit) as error:  # whatever a user's file raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UsageError(f"--recipe {name}: cannot import {module_name} ({reason})") from None
+        where = ""
+        for caller, frame in pairwise(traceback.extract_tb(error.__traceback__)):
+            if caller.filename.startswith("<frozen importlib") and not frame.filename.startswith("<frozen"):
+                where = f", {frame.filename}:{frame.lineno}"  # in the innermost module of those imported
+        raise UsageError(f"--recipe {name}: cannot import {module_name} ({reason}{where})") from None
     recipe = getattr(module, attribute, None)
     if not isinstance(recipe, Recipe):
         found = "does not exist" if recipe is None else f"is of type {type(recipe).__name__}"

@@ -58,10 +58,17 @@ def complete_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> None:
-    """Set the rate of each parameter group, from its own initial one, for the step after ``step`` steps."""
+    """Set the rate of each parameter group, from its own initial one, for the step after ``step`` steps.
+
+    Raises:
+        TrainingError: the schedule returns a negative or infinite rate, or none.
+    """
     schedule = SCHEDULES[recipe.schedule]
     for group in optimizer.param_groups:
-        group["lr"] = schedule(group["initial_lr"], step, recipe.num_steps, recipe.power)
+        rate = schedule(group["initial_lr"], step, recipe.num_steps, recipe.power)
+        if not 0 <= rate < math.inf:
+            raise TrainingError(f"--schedule {recipe.schedule}: the rate after {step} steps is {rate}")
+        group["lr"] = rate
 
 
 def keeps_buffers_equal(network: nn.Module, world_size: int) -> bool:

@@ -90,7 +90,8 @@ def _add_flag(group: argparse._ArgumentGroup, option: "Field[Any]", hint: Any, d
     if typing.get_origin(hint) in (typing.Union, types.UnionType):  # X | None
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     settings: dict[str, Any] = {"dest": option.name, "default": None}
-    required = option.default is MISSING and option.default_factory is MISSING and default is MISSING
+    has_default = option.default is not MISSING or option.default_factory is not MISSING
+    required = metadata.get("required", not has_default and default is MISSING)
     settings["required"] = required
     if hint is bool:
         settings |= {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
@@ -201,7 +202,9 @@ def run_script(main: Callable[[], None]) -> None:
         status = 130
     except SystemExit as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as above
-        status = stop.code if isinstance(stop.code, int) else 0
+        if isinstance(stop.code, str):  # as Python does
+            print(stop.code, file=sys.stderr)
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
         status = getattr(error, "exit_status", 1)
         if hasattr(error, "exit_status") or isinstance(error, OSError | MemoryError):

@@ -154,11 +154,12 @@ NUMPY_SCALARS: list[Any] = [
 
 # Where training programs put the weights, and what wrappers put before their names.
 CONTAINERS = ("model", "state_dict", "model_state_dict", "model_state", "net", "network", "weights", "params")
+COUNTER = "num_batches_tracked"  # of BatchNorm, which ABN does without
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.", "segmenter.")
 
 
 def model_state(contents: dict[str, Any], source: Path = Path("checkpoint")) -> dict[str, Tensor]:
-    """The network's state dict within a checkpoint, without wrappers' prefixes and batch counters.
+    """The network's state dict within a checkpoint, without wrappers' prefixes.
 
     Looks into the usual containers; prefixes, in any nesting, go where all names carry them.
 
@@ -178,9 +179,7 @@ def model_state(contents: dict[str, Any], source: Path = Path("checkpoint")) -> 
             raise CheckpointError(f"{source}: holds no weights of a network")
         contents = contents[found[0]]
     state = {
-        name: value
-        for name, value in contents.items()
-        if isinstance(name, str) and isinstance(value, Tensor) and not name.endswith("num_batches_tracked")
+        name: value for name, value in contents.items() if isinstance(name, str) and isinstance(value, Tensor)
     }
     while prefix := next((x for x in WRAPPERS if state and all(name.startswith(x) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -203,7 +202,7 @@ def load_weights(
     may_lack: Sequence[str] = (),
     skip: Sequence[str] = (),
 ) -> None:
-    """Load a state dict that fits exactly, up to the named prefixes.
+    """Load a state dict that fits exactly, up to the named prefixes and counters of batches.
 
     Args:
         source: the file it came from, for messages.
@@ -214,10 +213,15 @@ def load_weights(
         CheckpointError: entries are missing, unexpected, of another shape or kind (sparse, complex, whole
             numbers), or not finite; the model is unchanged.
     """
-    state = {name: value for name, value in state.items() if not name.startswith(tuple(skip))}
     own = model.state_dict()
+    state = {
+        name: value
+        for name, value in state.items()
+        if not name.startswith(tuple(skip)) and (name in own or not name.endswith(COUNTER))
+    }
+    missing = (n for n in own if n not in state and not n.endswith(COUNTER))
     faults = {
-        "missing": [n for n in own if n not in state and not n.startswith(tuple(may_lack))],
+        "missing": [n for n in missing if not n.startswith(tuple(may_lack))],
         "unexpected": [n for n in state if n not in own],
         "of another shape": [
             f"{n} {tuple(state[n].shape)} instead of {tuple(own[n].shape)}"
@@ -236,7 +240,9 @@ def load_weights(
     broken = [n for n in own if n in state and not _is_finite(state[n])]
     if broken:
         raise CheckpointError(f"{source}: {len(broken)} of its weights are not finite: {_shorten(broken)}")
-    model.load_state_dict(state, strict=False)
+    lost = model.load_state_dict(state, strict=False).unexpected_keys
+    if lost:  # two modules claim one name
+        raise CheckpointError(f"{source}: {len(lost)} of its weights reach no module: {_shorten(lost)}")
 
 
 def _is_plain(value: Tensor, own: Tensor) -> bool:

@@ -72,8 +72,13 @@ class Head(nn.Module):
 
         Args:
             keys: int64 (B·frames,) in 0 … 2³²-1, what dropout depends on; without, on PyTorch's generator.
+
+        Raises:
+            ValueError: the subclass's features have another number of axes.
         """
         seen, embedded = self.encode(x, frames)
+        if seen.dim() != 4:
+            raise ValueError(f"{type(self).__name__}: features must be (B,C,h,w), got {tuple(seen.shape)}")
         return {"out": self.classifier(self.dropout(seen, keys)), "features": embedded}
 
 

@@ -70,6 +70,10 @@ def test_encoding_equals_a_table_written_out():
         ({"names": ("a",)}, r"as many names \(1\) as ids \(2\) and colours \(2\)"),
         ({"ids": (0, 256)}, "values 0..255, got 256"),
         ({"ignored_ids": (-1,)}, "values 0..255, got -1"),
+        ({"names": ("a", 7)}, "names of classes are texts, got 7"),
+        ({"ids": (3, 3)}, r"an id of its own, got \(3, 3\)"),
+        ({"palette": ((1, 2, 3), (0, 0, 256))}, r"three whole numbers 0..255, got \(0, 0, 256\)"),
+        ({"palette": ((1, 2, 3), "red")}, "three whole numbers 0..255, got 'red'"),
         ({"mirror_pairs": ((0, 2),)}, r"train ids 0..1, got \(0, 2\)"),
     ],
 )

@@ -320,3 +320,12 @@ def test_a_module_of_the_users_may_add_a_data_set(tmp_path, monkeypatch):
     monkeypatch.setitem(DATASETS, "own", own)
     assert find_dataset(tmp_path, ignore_label=50) == replace(own, ignore_label=50)
     assert list_samples(find_dataset(tmp_path, "own"), tmp_path, "all") == [pair]
+    empty = replace(own, list_samples=lambda root, split: [], layout="photos/*.png")
+    with pytest.raises(DataError, match=r"no samples of split all of own; expected photos/\*\.png"):
+        list_samples(empty, tmp_path, "all")
+    for change, message in (
+        ({"prefix": "a/b"}, "the prefix, which cannot be 'a/b'"),
+        ({"labels": replace(own.labels, names=("sky",) * 11)}, "a name of its own"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(own, **change)

@@ -94,6 +94,15 @@ def test_clips(model, how):
             assert_same_classes(ids[frame], whole(predictor.network)(inputs[None], frame))
 
 
+def test_a_network_of_pictures_takes_no_clips(model, tmp_path):
+    """Their frames would attend to each other."""
+    torch.save({"model": model.state_dict(), "network": model.config.to_dict()}, tmp_path / "x.pth")
+    predictor = Predictor(tmp_path / "x.pth", "cpu", num_classes=4)
+    with pytest.raises(ValueError, match=r"trained on single pictures.*predict_batch takes several"):
+        predictor(np.zeros((2, 9, 9, 3), np.uint8))
+    assert len(predictor.predict_batch(np.zeros((2, 9, 9, 3), np.uint8))) == 2
+
+
 def test_size_and_memory_decide_how(model, monkeypatch):
     predictor = Predictor(model, "cpu")
     memory = 10**12

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import libs
-from networks import NetworkConfig, build_model, load_model, network_of, start_from
+from networks import HEADS, Head, NetworkConfig, build_model, load_model, network_of, start_from
+from networks.layers import conv_norm
 from networks.names import IMAGENET_MEAN, IMAGENET_STD
 from networks.resnet import STEMS
 from utils.checkpoint import CheckpointError, load_checkpoint
@@ -264,6 +265,37 @@ def test_a_backbone_with_plain_batch_norm_computes_the_same(stem):
     images = torch.randn(1, 3, 65, 65, dtype=torch.float64)
     expected = plain(images)[1]
     assert (model.backbone(images)[1] - expected).norm() < 1e-5 * expected.norm()
+
+
+class PlainNormHead(Head):
+    """Its second normalisation is PyTorch's own."""
+
+    def __init__(self, in_channels, num_classes, norm):
+        super().__init__()
+        self.first = conv_norm(nn.Conv2d(in_channels, 8, 1, bias=False), norm)
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.add_classifier(8, num_classes)
+
+    def features(self, x):
+        return self.second(self.first(x))
+
+
+def test_a_network_may_have_both_abn_and_batch_norm(tmp_path, monkeypatch):
+    """Counters of batches tell the one from the other in a file; here both are in place."""
+    monkeypatch.setitem(HEADS, "plain_norm", PlainNormHead)
+    torch.manual_seed(0)
+    model = build_model("plain_norm", backbone="resnet18", num_classes=3)
+    for norm in (model.head.first[1], model.head.second[1]):
+        norm.weight.data.normal_()  # of both signs
+    model.train()(torch.randn(2, 3, 33, 33))
+    model.eval()
+    torch.save({"model": model.state_dict(), "network": model.config.to_dict()}, tmp_path / "x.pth")
+    loaded, _ = load_model(tmp_path / "x.pth")
+    assert same(model, loaded, model.state_dict())
+    assert loaded.head.second[1].num_batches_tracked == 1
+    other = build_model("plain_norm", backbone="resnet18", num_classes=3)
+    assert start(other, tmp_path / "x.pth") == ""
+    assert same(model, other, model.state_dict())
 
 
 def test_evaluation_needs_neither_auxiliary_head_nor_embedding(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from libs import ABN
-from networks import BACKBONES, build_model
+from networks import BACKBONES, HEADS, Head, build_model
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,34 @@ def test_block_is_the_formula():
         out = block.bn3(block.conv3(F.relu(block.bn2(block.conv2(out)))))
         shortcut = x if block.downsample is None else block.downsample(x)
         torch.testing.assert_close(block(x), F.relu(out + shortcut))
+
+
+@pytest.mark.parametrize("name", ["backbone", "head", "auxiliary_head", "dsn", "embedding"])
+def test_modules_of_a_backbone_have_names_of_their_own(name, monkeypatch):
+    """Its entries have no prefix in the state dict, so such a module's would be taken for the network's."""
+
+    def make(*arguments, **options):
+        backbone = BACKBONES["resnet18"](*arguments, **options)
+        backbone.add_module(name, torch.nn.Conv2d(3, 3, 1))
+        return backbone
+
+    monkeypatch.setitem(BACKBONES, "own", make)
+    with pytest.raises(ValueError, match=f"a backbone has no modules called {name}"):
+        build_model(backbone="own")
+
+
+def test_features_of_a_head_are_maps(monkeypatch):
+    class Flat(Head):
+        def __init__(self, in_channels, num_classes, norm):
+            super().__init__()
+            self.add_classifier(in_channels, num_classes)
+
+        def features(self, x):
+            return x.mean((2, 3))
+
+    monkeypatch.setitem(HEADS, "flat", Flat)
+    with pytest.raises(ValueError, match=r"Flat: features must be \(B,C,h,w\), got \(2, 512\)"):
+        build_model("flat", backbone="resnet18")(torch.randn(2, 3, 33, 33))
 
 
 def test_one_image_at_a_time_or_together_is_the_same_in_evaluation():

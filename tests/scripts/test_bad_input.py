@@ -27,6 +27,19 @@ def one_line(result, script, status):
     return lines[0]
 
 
+@pytest.mark.parametrize(
+    ("script", "needed"),
+    [
+        ("train.py", "--data-dir"),
+        ("evaluate.py", "--data-dir, --restore-from"),
+        ("predict.py", "--input, --restore-from, --output-dir"),
+        ("export.py", "--restore-from, --output"),
+    ],
+)
+def test_what_must_be_given(call, script, needed):
+    assert f"the following arguments are required: {needed} (" in one_line(call(script), script, 2)
+
+
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
 @pytest.mark.parametrize(
     ("arguments", "message"),

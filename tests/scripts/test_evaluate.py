@@ -107,7 +107,7 @@ def test_images_without_labels_are_predicted_not_scored(call, demo_data, trained
                  "--whole", "--output-dir", tmp_path / "out", *QUIET)  # fmt: skip
     result = call("evaluate.py", *arguments)
     assert result.status == 1
-    assert "no labels to be scored against; --save keeps the predictions" in result.error
+    assert "no label to be scored against; --save keeps the predictions" in result.error
     result = call("evaluate.py", *arguments, "--save")
     assert result.status == 0, result.error
     assert "no scores" in result.out

@@ -143,24 +143,26 @@ def test_a_recipe_of_ones_own(call, module, demo_data, tmp_path):
         ("pascal", f"--recipe pascal: expected one of {', '.join(RECIPES)}, or module:NAME"),
         ("", "--recipe : expected one of cityscapes, "),
         ("no_such_module:A", "no_such_module:A: cannot import no_such_module (ModuleNotFoundError: "),
-        ("broken_recipes:A", "cannot import broken_recipes (ZeroDivisionError: division by zero)"),
+        ("broken_recipes:A", "(ZeroDivisionError: division by zero, {folder}/broken_recipes.py:1)"),
+        ("leaving_recipes:A", "(SystemExit: no data here, {folder}/leaving_recipes.py:2)"),
         ("unwritten_recipes:A", "cannot import unwritten_recipes (SyntaxError: "),
-        ("unbounded_recipes:A", "unbounded_recipes (ValueError: batch_size must be at least 1; got 0)"),
+        ("unbounded_recipes:A", "at least 1; got 0, {folder}/unbounded_recipes.py:2)"),
         ("own_recipes:LONG", "expected a Recipe, but own_recipes.LONG does not exist"),
         ("own_recipes:NUMBER", "expected a Recipe, but own_recipes.NUMBER is of type int"),
         ("own_recipes:", "--recipe own_recipes:: expected a Recipe, but own_recipes. does not exist"),
         (":A", "--recipe :A: cannot import "),
     ],
 )  # fmt: skip
-def test_what_is_no_recipe(call, module, recipe, message):
+def test_what_is_no_recipe(call, module, tmp_path, recipe, message):
     module("own_recipes", MODULE)
     module("broken_recipes", "1 / 0\n")
+    module("leaving_recipes", "import sys\nsys.exit('no data here')\n")
     module("unwritten_recipes", "A = (\n")
     module("unbounded_recipes", "from training.recipes import Recipe\nA = Recipe(batch_size=0)\n")
     result = call("train.py", "--recipe", recipe, "--print-recipe")
     assert (result.status, result.out) == (2, ""), result
     assert result.error.startswith("train.py: error: ")
-    assert message in result.error
+    assert message.replace("{folder}", str(tmp_path)) in result.error
     assert result.error.count("\n") == 1, result.error
 
 

@@ -17,6 +17,7 @@ from networks.layers import SampleDropout2d
 from tests.scripts.processes import CONTEXT
 from training.criterion import build_criterion
 from training.recipes import Recipe
+from training.schedule import SCHEDULES
 from training.step import (
     TrainingError,
     TrainStep,
@@ -321,6 +322,15 @@ def test_each_parameter_group_keeps_its_rate_and_decay():
         set_rates(optimizer, recipe, step)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1 * share, share])
         assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-2, 0.0]
+
+
+@pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf")])
+def test_a_schedule_that_gives_no_rate_ends_the_run(rate, monkeypatch):
+    monkeypatch.setitem(SCHEDULES, "own", lambda *_: rate)
+    optimizer = build_optimizer(Network(ABN), 0.1, 0.9, 0.0)
+    with pytest.raises(TrainingError, match=f"--schedule own: the rate after 3 steps is {rate}"):
+        set_rates(optimizer, Recipe(schedule="own"), 3)
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 @pytest.mark.parametrize("align_corners", [True, False])

@@ -123,6 +123,7 @@ def test_a_wrong_command_line_is_one_line_and_status_2(capsys):
         (OSError("data"), 1),
         (MemoryError(), 1),
         (KeyboardInterrupt(), 130),
+        (SystemExit("a text"), 1),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1),
     ],
 )

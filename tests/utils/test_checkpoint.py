@@ -325,6 +325,15 @@ def test_a_backbone_file_may_lack_the_head_and_nothing_else(tmp_path):
         load_weights(model, state, tmp_path, may_lack=("1.",), skip=("fc.",))
 
 
+def test_entries_that_no_module_takes_are_not_dropped_in_silence(tmp_path):
+    model = network()
+    model.register_load_state_dict_pre_hook(
+        lambda module, state, *_: state.update({"lost": state.pop("0.bias")})
+    )
+    with pytest.raises(CheckpointError, match="1 of its weights reach no module: lost"):
+        load_weights(model, model.state_dict(), tmp_path / "x.pth")
+
+
 def test_random_states_survive_a_checkpoint(tmp_path):
     path = tmp_path / "run_1.pth"
     save_checkpoint({"random_states": [random_state(torch.device("cpu"))]}, path)

@@ -1,0 +1,111 @@
+"""A training run: what its parts share, and what is written at its start and between its steps."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from training.data import TrainingData
+from training.interruption import Interruption
+from training.options import RunOptions
+from training.progress import Progress, was_logged
+from training.provenance import describe, summary, write_run_file
+from training.recipes import Recipe
+from training.resumption import Resumed, resumption_lines, run_state
+from training.snapshots import Snapshots, checkpoint_size
+from training.step import TrainStep
+from utils.distributed import Process
+
+
+@dataclass
+class Run:
+    """Recipe, data and step of a run, and where it writes; ``first_step`` steps were done before."""
+
+    recipe: Recipe
+    options: RunOptions
+    process: Process
+    data: TrainingData
+    step: TrainStep
+    snapshots: Snapshots
+    first_step: int
+    interruption: Interruption = field(default_factory=Interruption)
+    best_miou: float = -1.0
+
+    def prepare(self, resumed: Resumed | None, implementations: list[str]) -> None:
+        """Check the folder, print the summary, write ``run.json``; in the main process.
+
+        Args:
+            implementations: lines for the summary.
+
+        Raises:
+            CheckpointError: the folder holds another run, or has no room.
+        """
+        recipe, options, first, train = self.recipe, self.options, self.first_step, self.data.train
+        steps = max(recipe.num_steps - first, 0)
+        self.snapshots.prepare(
+            first,
+            options.resume is not None,
+            checkpoint_size(self.step.network),
+            to_come=-(-steps // options.save_pred_every),
+            best=steps > 0 and options.val_every > 0,
+        )
+        lines = resumption_lines(resumed, recipe, self.process.world_size) if resumed else []
+        lines += [f"data      {self.data.spec.name}, {len(train.pairs)} images", *self.data.remarks]
+        lines += summary(recipe, options, self.step, len(train.pairs), first)
+        print("\n".join(lines + implementations))
+        if steps:
+            start = describe(recipe, options, first, self.process.world_size)
+            write_run_file(options.snapshot_dir / "run.json", start, continues=first > options.start_iters)
+
+    def lacks_evaluation(self) -> bool:
+        """Whether a kill came between the last checkpoint and its evaluation; in all processes."""
+        options, first = self.options, self.first_step
+        lacks = first > options.start_iters and is_due(options.val_every, first)
+        lacks = lacks and not was_logged(options.snapshot_dir, first, "mIoU")
+        return bool(self.process.all_gather_object(lacks)[0])
+
+    def find_best(self) -> None:
+        """Read how good the best checkpoint so far is; in all processes."""
+        best = self.snapshots.best_miou(self.data.validation_images) if self.process.is_main else None
+        self.best_miou = self.process.all_gather_object(best)[0]
+
+    def progress(self) -> AbstractContextManager[Progress | None]:
+        """The main process's bar and logs."""
+        if not self.process.is_main:
+            return nullcontext()
+        return Progress(self.options.snapshot_dir, self.first_step, self.recipe.num_steps)
+
+    def log(self, step: int, losses: dict[str, float], progress: Progress | None) -> None:
+        """Write the losses of the last steps and the state of the optimiser."""
+        if progress:
+            self.snapshots.prune()  # losses are finite, so are the weights they come from
+            progress.losses(step, losses | self.step.measurements())
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The checkpoint of a step; in all processes."""
+        return run_state(self.step, step, self.recipe, self.data.spec, self.data.images)
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of a step; in all processes."""
+        checkpoint = self.state(step)
+        with self.process.all_or_none():
+            if self.process.is_main:
+                tqdm.write(f"saved {self.snapshots.save(checkpoint, step)}")
+
+    def keep_if_best(self, step: int, scores: dict[str, Any]) -> bool:
+        """Write the best checkpoint if no scores before were as good as these; in all processes."""
+        if scores["mIoU"] <= self.best_miou:
+            return False
+        validation = {"step": step, "images": self.data.validation_images, **scores}
+        checkpoint = self.state(step) | {"validation": validation}
+        with self.process.all_or_none():
+            if self.process.is_main:
+                self.snapshots.save_best(checkpoint)
+        self.best_miou = scores["mIoU"]
+        return True
+
+
+def is_due(every: int, step: int) -> bool:
+    """Whether something is to be done after this step; never if ``every`` is 0."""
+    return every > 0 and step > 0 and step % every == 0
