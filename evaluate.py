@@ -151,10 +151,11 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
     tile_size = options.input_size or trained["input_size"]
     predict = whole(network) if options.whole else sliding(network, tile_size, options.batch_size)
     predict = with_autocast(predict, options.amp, process.device)
+    fit = None if options.short_sides else options.fit or trained["fit"]
     if options.short_sides:
         predict = short_sides(predict, options.short_sides, 1000, options.flip, spec.labels.mirror_pairs)
     else:
-        predict = multi_scale(predict, options.scales, options.flip, spec.labels.mirror_pairs)
+        predict = multi_scale(predict, options.scales, options.flip, spec.labels.mirror_pairs, fit)
     clip = options.clip or trained["clip"]
     samples: Sequence[Pair | Clip] = pairs
     if clip > 1:
@@ -178,6 +179,7 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
             "checkpoint": str(path),
             **{name: getattr(config, name) for name in ("model", "backbone", "recurrence")},
             "input_size": tile_size,
+            "fit": fit,
             "step": trained["step"],
             "clip": clip,
         },
@@ -227,6 +229,7 @@ def trained_with(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     step = checkpoint.get("step")
     return {
         "input_size": recipe.input_size,
+        "fit": recipe.fit,
         "ignore_label": recipe.ignore_label,
         "clip": recipe.clip,
         "num_classes": recipe.network.num_classes if images is not None else None,

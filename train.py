@@ -18,7 +18,7 @@ from tqdm import tqdm
 import cc_attention
 import libs
 from dataset import Batch, StepSampler, load_batches
-from evaluation.inference import sliding
+from evaluation.inference import multi_scale, sliding
 from evaluation.pictures import panels
 from evaluation.scores import validation_scores
 from networks import build_model, fold_norms, network_of, start_from
@@ -206,6 +206,7 @@ def validate(run: Run, step: int, progress: Progress | None) -> None:
     assert data.validation is not None
     process.broadcast(run.step.network.buffers())  # of layers that are not synchronised
     predict = sliding(fold_norms(run.step.network), run.recipe.input_size)
+    predict = multi_scale(predict, fit=run.recipe.fit)
     scores = validation_scores(
         predict, data.validation, process, run.options.num_workers, run.interruption.until
     )

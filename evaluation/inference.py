@@ -74,6 +74,7 @@ def multi_scale(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     mirror_pairs: Sequence[tuple[int, int]] = (),
+    fit: tuple[int, int] | None = None,
 ) -> Predict:
     """The mean logits over scaled and, with ``flip``, also mirrored images.
 
@@ -84,13 +85,19 @@ def multi_scale(
         scales: factors of the image's size, resized bilinearly with corners aligned.
         flip: predict each scale also left-right mirrored.
         mirror_pairs: classes that mirroring swaps, left arm and right arm for one.
+        fit: (height, width) into which an image is fitted before, its proportions kept (LIP's protocol).
     """
-    return average(
-        predict,
-        lambda size: [[max(round(side * scale), 1) for side in size] for scale in scales],
-        flip,
-        mirror_pairs,
-    )
+    return average(predict, lambda size: scaled_sizes(size, scales, fit), flip, mirror_pairs)
+
+
+def scaled_sizes(
+    size: Sequence[int], scales: Sequence[float], fit: tuple[int, int] | None = None
+) -> list[tuple[int, int]]:
+    """The sizes (height, width) that ``multi_scale`` resizes an image to."""
+    factor = 1.0 if fit is None else min(fit[0] / size[0], fit[1] / size[1])
+    return [
+        (max(round(size[0] * factor * scale), 1), max(round(size[1] * factor * scale), 1)) for scale in scales
+    ]
 
 
 def short_sides(

@@ -56,6 +56,10 @@ class EvaluationOptions(DataOptions):
         (), "lengths of the short side in pixels, instead of --scales (ADE20K's protocol)", group="protocol",
         metavar="N,N,…", min=1, max=MAX_SIDE,
     )  # fmt: skip
+    fit: tuple[int, int] | None = setting(
+        None, "size that images are fitted into first (default: the crop of --random-affine; LIP's protocol)",
+        group="protocol", metavar="H,W",
+    )  # fmt: skip
     flip: bool = setting(False, "average with the mirrored image's prediction", group="protocol")
 
     gpu: str = setting("auto", "auto, cpu, or a GPU's number; use torchrun for several", group="run")
@@ -87,3 +91,5 @@ class EvaluationOptions(DataOptions):
             raise UsageError(f"--submission {self.submission}: the ending must be .zip")
         if self.short_sides and self.scales != (1.0,):
             raise UsageError("--short-sides and --scales exclude each other")
+        if self.short_sides and self.fit:
+            raise UsageError("--short-sides and --fit exclude each other")

@@ -5,7 +5,7 @@ import numbers
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dataset import DATASETS, LabelTable, Normalization, generic_table
 from evaluation.bands import Mean, Mirrored, Resized, Rows, Stored, Tiled, class_ids
-from evaluation.inference import tile_starts, with_autocast
+from evaluation.inference import scaled_sizes, tile_starts, with_autocast
 from evaluation.options import AMP
 from networks import Segmenter, fold_norms, mmsegmentation, restore_model
 from utils.checkpoint import CheckpointError, load_checkpoint
@@ -89,7 +89,7 @@ class Predictor:
         self.batch_size = batch_size
         self._goes_whole: dict[int, bool] = {}
         if isinstance(source, nn.Module):
-            model, trained = cast(Segmenter, source), (PUBLISHED_TILE, 1)
+            model, trained = cast(Segmenter, source), TrainedOn(PUBLISHED_TILE, 1, None)
             classes = model.head.classifier.out_channels
             self.labels = labels or (CITYSCAPES if classes == 19 else generic_table(classes))
             self._takes_clips = True  # it is not known what it was trained on
@@ -100,14 +100,14 @@ class Predictor:
             trained = _trained_on(contents, path)
             classes = config.num_classes
             self.labels = labels or labels_of(contents, path, classes, num_classes)
-            self._takes_clips = trained[1] > 1
+            self._takes_clips = trained.clip > 1
         if self.labels.num_classes != classes:
             raise ValueError(
                 f"labels must be of the network's {classes} classes; got {self.labels.num_classes}"
             )
         backbone = model.backbone
         self.normalization = Normalization(backbone.mean, backbone.std, backbone.channel_order)
-        self.tile_size, self.clip = tile_size or trained[0], trained[1]
+        self.tile_size, self.clip, self._fit = tile_size or trained.crop, trained.clip, trained.fit
         self._align_corners = getattr(model, "align_corners", True)
         # Normalisation layers cost nothing once they are part of the convolutions.
         self.network = fold_norms(model).to(self.device)
@@ -167,7 +167,9 @@ class Predictor:
 
     def _together(self, shape: tuple[int, ...]) -> int:
         """How many pictures or clips of a shape go through the network at once."""
-        pixels = int(np.prod(shape[:-1]) * max(1.0, *self.scales) ** 2)
+        *frames, height, width, _ = shape
+        sizes = [(height, width), *scaled_sizes((height, width), self.scales, self._fit)]
+        pixels = int(np.prod(frames)) * max(h * w for h, w in sizes)
         if not self.goes_whole(pixels):
             return 1
         fitting = min(WHOLE_PIXELS, available_memory(self.device) / (2 * BYTES_PER_PIXEL)) / pixels
@@ -188,8 +190,7 @@ class Predictor:
     def _logits(self, inputs: Tensor) -> Rows:
         size = inputs.shape[-2], inputs.shape[-1]
         maps: list[Rows] = []
-        for scale in self.scales:
-            scaled = max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+        for scaled in scaled_sizes(size, self.scales, self._fit):
             for mirrored in (False, True) if self.flip else (False,):
                 view = _resize(inputs, scaled)
                 logits = self._view_logits(view.flip(-1) if mirrored else view)
@@ -301,8 +302,15 @@ def _table_in(contents: Mapping[str, Any], classes: int) -> LabelTable | None:
     return LabelTable(names, ids, palette, mirror_pairs=pairs)
 
 
-def _trained_on(contents: Mapping[str, Any], path: Path) -> tuple[tuple[int, int], int]:
-    """The training crop, which is the tile of the sliding window, and the frames of a clip."""
+class TrainedOn(NamedTuple):
+    """What a network saw in training."""
+
+    crop: tuple[int, int]  # (height, width), the tile of the sliding window
+    clip: int  # frames
+    fit: tuple[int, int] | None  # the size that images were fitted into
+
+
+def _trained_on(contents: Mapping[str, Any], path: Path) -> TrainedOn:
     recipe = contents.get("recipe", contents.get("settings", {}))
     try:
         height, width = recipe.get("input_size", PUBLISHED_TILE)
@@ -311,7 +319,7 @@ def _trained_on(contents: Mapping[str, Any], path: Path) -> tuple[tuple[int, int
             raise ValueError(f"input_size {size}, clip {clip}")
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its settings are damaged ({error})") from None
-    return size, clip
+    return TrainedOn(size, clip, size if recipe.get("random_affine") else None)
 
 
 def _are_positive(values: Any, kind: Any) -> bool:

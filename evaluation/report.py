@@ -23,7 +23,7 @@ WRONG = (213, 94, 0)  # vermilion, which colour-blind people tell from grey
 MOST_NAMED = 60  # a matrix of more classes has no names beside it, they would be too small to read
 CONFUSIONS = 8  # named in words
 # Settings without which two runs' scores are not of the same images or not got the same way.
-PROTOCOL = ("split", "images", "whole", "scales", "short_sides", "flip", "input_size", "clip")
+PROTOCOL = ("split", "images", "whole", "scales", "short_sides", "fit", "flip", "input_size", "clip")
 
 
 @dataclass(frozen=True, order=True)

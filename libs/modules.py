@@ -53,6 +53,8 @@ class ABN(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        if momentum is None:  # BatchNorm's cumulative average
+            raise ValueError("momentum must be a number; got None")
         self.num_features, self.eps, self.momentum, self.affine = num_features, eps, momentum, affine
         self.activation, self.activation_param = activation, activation_param
         self.frozen = False

@@ -92,6 +92,11 @@ class Recipe:
     def __post_init__(self) -> None:
         check_fields(self)
 
+    @property
+    def fit(self) -> tuple[int, int] | None:
+        """The size that evaluation fits images into, where training does: with ``random_affine``."""
+        return self.input_size if self.random_affine else None
+
     def with_changes(self, network: Mapping[str, Any], values: Mapping[str, Any]) -> "Recipe":
         """This recipe with other values for some fields, and for some of its network.
 

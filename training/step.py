@@ -267,7 +267,7 @@ def build_step(
 ) -> TrainStep:
     """Criterion, optimiser and step of a recipe; ``ignore_index`` is the train id that does not count."""
     optimizer = build_optimizer(network, recipe.learning_rate, recipe.momentum, recipe.weight_decay)
-    images_at_once = recipe.batch_size // recipe.accumulate
+    images_at_once = recipe.batch_size * recipe.clip // recipe.accumulate
     criterion = CRITERIA[recipe.criterion](
         ohem=recipe.ohem,
         ohem_thres=recipe.ohem_thres,

@@ -164,6 +164,28 @@ def test_short_sides_of_ade20k():
     assert out.shape == (1, 2, 40, 80)
 
 
+@pytest.mark.parametrize(
+    ("size", "scales", "expected"),
+    [
+        ((100, 60), (1.0,), [(473, 284)]),
+        ((60, 100), (1.0,), [(284, 473)]),
+        ((946, 473), (1.0, 0.5), [(473, 236), (236, 118)]),
+        ((1, 2000), (1.0,), [(1, 473)]),
+    ],
+)
+def test_images_are_fitted_as_in_training_on_lip(size, scales, expected):
+    sizes = []
+
+    def predict(images, frame=0):
+        sizes.append(tuple(images.shape[2:]))
+        return images[:, :2]
+
+    images = torch.randn(1, 3, *size)
+    out = multi_scale(predict, scales, fit=(473, 473))(images)
+    assert sizes == expected
+    assert out.shape == (1, 2, *size)
+
+
 def test_two_maps_of_logits_at_a_time():
     """However many scales there are: the sum, and the prediction that is added to it."""
     alive, most = [], 0

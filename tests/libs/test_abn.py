@@ -74,6 +74,11 @@ def test_unknown_activation():
         ABN(3, activation="gelu")
 
 
+def test_there_is_no_cumulative_average():
+    with pytest.raises(ValueError, match="momentum must be a number; got None"):
+        InPlaceABN(3, momentum=None)
+
+
 PARTS = ((0, 2), (2, 3))  # unequal parts of a batch of 3
 
 

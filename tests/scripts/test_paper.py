@@ -1,9 +1,13 @@
 """The rest of the paper by its commands: other heads, category consistent loss, ADE20K, LIP, clips."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from dataset.reading import read_image
+from evaluation import Predictor
 from networks import HEADS
 from tests.scripts.conftest import SMALL, log_of, same_tensors
 from utils.checkpoint import load_checkpoint
@@ -134,19 +138,28 @@ def lip(tmp_path):
 
 
 def test_lip(call, lip, tmp_path):
+    """Images are fitted into the crop, in validation, evaluation and prediction too."""
     small = ("--backbone", "resnet18", "--input-size", "33,41", *ONE_STEP, *QUIET)
     result = call(
-        "train.py", "--recipe", "lip", "--data-dir", lip, "--snapshot-dir", tmp_path / "run", *small
-    )
+        "train.py", "--recipe", "lip", "--data-dir", lip, "--snapshot-dir", tmp_path / "run", *small,
+        "--val-every", 1,
+    )  # fmt: skip
     assert result.status == 0, result.error
     checkpoint = load_checkpoint(next((tmp_path / "run").glob("*_1.pth")))
     assert checkpoint["data"]["mirror_pairs"] == ((14, 15), (16, 17), (18, 19))
     result = call(
-        "evaluate.py", "--data-dir", lip, "--restore-from", tmp_path / "run", "--whole", "--flip",
+        "evaluate.py", "--data-dir", lip, "--restore-from", tmp_path / "run", "--save",
         "--output-dir", tmp_path / "out", *QUIET,
     )  # fmt: skip
     assert result.status == 0, result.error
     assert "pixel accuracy" in result.out
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["settings"]["fit"] == [33, 41]
+    assert log_of(tmp_path / "run")[-1]["mIoU"] == pytest.approx(metrics["mIoU"])
+    predictor = Predictor(next((tmp_path / "run").glob("*_1.pth")), "cpu", whole=False)
+    image = read_image(lip / "val_images" / "0.jpg")
+    ids = np.asarray(Image.open(tmp_path / "out" / "ids" / "0.png"))
+    assert (predictor(image) == ids).mean() > 0.999
 
 
 @pytest.fixture

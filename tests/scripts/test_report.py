@@ -197,7 +197,7 @@ def test_parts_of_several_processes_are_joined(samples, tmp_path):
         (("--report", "--compare", "none.json"), 1, "none.json: cannot read these scores"),
         (("--report", "--compare", "text.json"), 1, "text.json: is no metrics.json of evaluate.py"),
         (("--report", "--compare", "two.json"), 1, "scores 2 classes that are not the 19"),
-        (("--report", "--split", "test"), 1, "--report: these images have no labels"),
+        (("--report", "--split", "test"), 1, "_leftImg8bit.png has no label to be scored"),
         (("--submission", "text.json/out.zip"), 1, "cannot write there"),
         (("--submission", "folder.zip"), 1, "folder.zip: is a folder"),
     ],

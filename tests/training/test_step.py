@@ -340,6 +340,11 @@ def test_the_loss_enlarges_logits_as_predictions_do(align_corners):
     assert step.criterion.align_corners == align_corners
 
 
+def test_ohem_counts_the_frames_of_clips():
+    recipe = Recipe(NetworkConfig(), ohem=True, ohem_keep=1000, batch_size=4, accumulate=2, clip=5)
+    assert build_step(Network(ABN), recipe, 255, Process((CPU,))).criterion.ohem_keep == 5000
+
+
 def test_an_optimiser_without_momentum(tmp_path):
     """Of a user's own; the engine asks nothing that Adam has not."""
     torch.manual_seed(0)
