@@ -183,6 +183,8 @@ def train(run: Run) -> None:
                 saved = step
             if is_due(options.val_every, step):
                 validate(run, step, progress)
+        # One may have come to another process after the last exchange, during the last evaluation for one.
+        run.interruption.signum = process.max(run.interruption.signum)
         if done > saved:  # a signal came
             if len(window):
                 run.log(done, window.read(done), progress)

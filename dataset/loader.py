@@ -303,6 +303,7 @@ def _prepare_worker(_: int) -> None:
     traceback, nor does what the worker inherited; where a batch would be lost, the worker ends.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     sys.excepthook = lambda *_: None
     sys.unraisablehook = lambda _: None

@@ -53,8 +53,15 @@ class Submission:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def close(self) -> None:
-        """Complete this process's part."""
-        self._zip.close()
+        """Complete this process's part.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        try:
+            self._zip.close()
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def finish(self) -> int:
         """Join all parts, in one process after all have closed theirs; returns the number of predictions."""
@@ -75,6 +82,8 @@ class Submission:
 
     def remove_parts(self) -> None:
         """Leave nothing unfinished behind."""
+        with suppress(OSError):  # of a full disk
+            self._zip.close()
         for part in self.parts:
             with suppress(OSError):
                 part.unlink(missing_ok=True)

@@ -149,7 +149,9 @@ def _statistics(x: Tensor, settings: Settings) -> Tensor:
     if settings.sync_group is None:
         statistics: Tensor = torch.ops.libs.statistics(x, *running, settings.momentum)
     else:
-        parts = settings.sync_group.gather(torch.ops.libs.statistics(x, None, None, 0.0))
+        # Inductor cannot compile an operator that changes none of what its schema lets it change.
+        unused = [each.clone() for each in running] if torch.compiler.is_compiling() else [None, None]
+        parts = settings.sync_group.gather(torch.ops.libs.statistics(x, *unused, 0.0))
         statistics = torch.ops.libs.merge_statistics(parts, *running, settings.momentum)
     if kind != settings.running_mean.dtype:
         settings.running_mean.copy_(running[0])

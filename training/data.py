@@ -52,6 +52,7 @@ def load_data(spec: DatasetSpec, recipe: Recipe, options: RunOptions) -> Trainin
     validation, validation_pairs = None, []
     if options.val_every:
         validation_pairs = options.validation_samples(spec)
+        remarks += check_supervision(validation_pairs, spec.labels, spec.ignore_label, training=False)
         whole: Sequence[Pair | Clip] = validation_pairs
         if recipe.clip > 1:
             whole, _ = evaluation_clips(spec, validation_pairs, recipe.clip)

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import takewhile
 from types import FrameType
 from typing import Any, TypeVar
@@ -15,20 +17,23 @@ FAILED = 100  # larger than any signal's number
 
 
 class Interruption:
-    """Within its context SIGTERM and SIGINT are recorded; a second SIGINT ends the run at once.
+    """Within its context SIGTERM, SIGINT and SIGHUP are recorded; a second SIGINT ends the run at once.
+
+    Those that are ignored, as SIGHUP under nohup, stay so.
 
     Attributes:
         signum: the signal that came, 0 for none.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.signum = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        heard = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,5 +74,17 @@ class Interruption:
         if not self.signum and os.environ.get("RANK", "0") == "0":
             # Not print: its lock may be held by what was interrupted.
             name = signal.Signals(signum).name
-            os.write(2, f"\n{name}: stopping after this step\n".encode())
+            with suppress(OSError):
+                os.write(2, f"\n{name}: stopping after this step\n".encode())
+        if signum == signal.SIGHUP:
+            _leave_terminal()
         self.signum = signum
+
+
+def _leave_terminal() -> None:
+    """Discard what would go to a terminal that is gone: the attempt would end the run with an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(nowhere, stream)
+    os.close(nowhere)

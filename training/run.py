@@ -67,8 +67,10 @@ class Run:
 
     def find_best(self) -> None:
         """Read how good the best checkpoint so far is; in all processes."""
-        best = self.snapshots.best_miou(self.data.validation_images) if self.process.is_main else None
-        self.best_miou = self.process.all_gather_object(best)[0]
+        with self.process.all_or_none():
+            if self.process.is_main:
+                self.best_miou = self.snapshots.best_miou(self.data.validation_images)
+        self.best_miou = self.process.all_gather_object(self.best_miou)[0]
 
     def progress(self) -> AbstractContextManager[Progress | None]:
         """The main process's bar and logs."""

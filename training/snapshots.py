@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,17 @@ class Snapshots:
         save_checkpoint(contents, self.best_path)
 
     def best_miou(self, images: str) -> float:
-        """The mIoU of the best checkpoint on those images (a fingerprint), -1 if there is none."""
+        """The mIoU of the best checkpoint on those images (a fingerprint), -1 if there is none.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
         if not self.best_path.is_file():
             return -1.0
-        validation = load_checkpoint(self.best_path).get("validation", {})
+        try:
+            validation = load_checkpoint(self.best_path).get("validation", {})
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}, or move it away: the run goes on without it") from None
         return float(validation["mIoU"]) if validation.get("images") == images else -1.0
 
     @contextmanager
@@ -186,8 +193,8 @@ def check_room(directory: Path, checkpoint_bytes: int, count: int) -> None:
             f"{directory}: cannot write a checkpoint of {_megabytes(checkpoint_bytes)} ({error.strerror})"
         ) from None
     finally:
-        if probe.parent.is_dir():
-            probe.unlink(missing_ok=True)
+        with suppress(OSError):
+            probe.unlink()
     free = shutil.disk_usage(directory).free
     if free < count * checkpoint_bytes:
         raise CheckpointError(

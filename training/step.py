@@ -177,11 +177,14 @@ class TrainStep:
             The step's losses, without gradients, and logits (b,N,h,w) of the first b images.
 
         Raises:
-            TrainingError: out of memory.
+            TrainingError: out of memory, or the network cannot be compiled.
         """
         try:
             return self._step(batch)
         except RuntimeError as error:
+            if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+                reason = str(error).strip().splitlines()[0]
+                raise TrainingError(f"--compile failed ({reason}); leave it out") from None
             if not is_out_of_memory(error):
                 raise
             where = "" if number is None else f"step {number}: "

@@ -183,7 +183,7 @@ def process_group(devices: tuple[torch.device, ...]) -> Iterator[Process]:
     except RuntimeError as error:
         if not _is_broken_connection(error):
             raise
-        raise PeerError(f"process {process.rank} lost the connection to another one") from None
+        raise PeerError("lost the connection to another process") from None
 
 
 def exit_process(status: int) -> NoReturn:

@@ -15,7 +15,7 @@ def prepare() -> None:
     sys.excepthook = _interrupted_early
     import signal
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored, as under nohup
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored
         signal.signal(signal.SIGINT, interrupted)
     sys.excepthook = sys.__excepthook__
     _replace_what_cannot_be_shown()

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 import threading
 import time
 
@@ -73,6 +74,10 @@ def run_rank(rank, folder, world):
     results["group"] = train_step(copy.deepcopy(layer), *parts)
     layer = make(InPlaceABNSync, "identity")
     results["relu"] = train_step(layer, *parts, lambda x: norm_relu(layer, x, 0.5 * x)[1])
+    if world == 2 and shutil.which("c++"):  # Inductor takes seconds, and a compiler
+        layer = make(InPlaceABNSync)
+        layer.compile()
+        results["compiled"] = train_step(layer, *parts)
     results["launches"] = launches_of(make(InPlaceABNSync), *parts)
     assert own_group() is not dist.group.WORLD  # gradients are not in its queue
 
@@ -115,6 +120,8 @@ def test_processes(tmp_path, world):
         check_against_joined([ranks[outsider]["group"]], "leaky_relu", [parts[outsider]])
     relu = [rank["relu"] for rank in ranks]
     check_against_joined(relu, "identity", parts, lambda layer, x: nn.functional.relu(layer(x) + 0.5 * x))
+    if "compiled" in ranks[0]:
+        check_against_joined([rank["compiled"] for rank in ranks], "leaky_relu", parts)
     for forward, backward in (rank["launches"] for rank in ranks):
         assert len([name for name in forward if "allgather" in name]) == 1, forward
         assert len([name for name in backward if "allgather" in name]) == 1, backward

@@ -177,6 +177,19 @@ def test_data_met_while_training(call, list_data, tmp_path, fault, workers):
     assert message in one_line(result, "train.py", 1)
 
 
+def test_labels_of_the_validation_are_looked_at_before_training(call, list_data, tmp_path):
+    (list_data / "own.lst").write_text(write_pair(list_data, "own", values=4))
+    result = call(
+        "train.py", "--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst",
+        "--num-classes", 3, "--snapshot-dir", tmp_path / "run", *SMALL, "--batch-size", 1,
+        "--val-every", 3, "--val-list", "own.lst",
+    )  # fmt: skip
+    assert "labels/own.png: holds label value 3, which is none of the 3 classes" in one_line(
+        result, "train.py", 1
+    )
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
 @pytest.mark.parametrize("fault", ["missing", "truncated", "architecture", "pickle"])
 def test_checkpoints(call, script, fault, demo_data, tmp_path, trained):

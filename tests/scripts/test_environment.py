@@ -45,7 +45,7 @@ def test_ctrl_c_while_modules_are_imported(script):
 
 
 def test_a_script_started_with_ctrl_c_ignored_stays_deaf_to_it():
-    """As under nohup."""
+    """As in the background of a shell script."""
     code = (
         "import signal; from utils import startup\n"
         "signal.signal(2, signal.SIG_IGN); startup.prepare(); print(repr(signal.getsignal(2)))"

@@ -1,10 +1,14 @@
 """Runs that are interrupted, killed, or meet a fault, alone and as one of two processes: nothing is lost,
 all end, and a resumed run ends with the same bits."""
 
+import fcntl
 import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 
@@ -13,7 +17,8 @@ import torch
 
 from tests.samples import write_pair
 from tests.scripts.conftest import SMALL, log_of, same_tensors
-from tests.scripts.processes import Processes
+from tests.scripts.processes import ROOT, Processes
+from training.interruption import Interruption
 from training.snapshots import newest_checkpoint
 from utils.checkpoint import load_checkpoint
 
@@ -94,6 +99,51 @@ def test_a_signal_to_one_process_stops_all_after_a_step(demo_data, tmp_path, und
     assert f"stopped after step {newest_step(folder)}; --resume continues from there" in run.error()
     start(demo_data, folder, *STEPS, "--resume", count=count).succeed()
     assert_same_run(folder, undisturbed(count), 5)
+
+
+def test_a_signal_to_one_process_in_the_last_save_is_known_to_all(demo_data, tmp_path):
+    folder = tmp_path / "run"
+    run = start(demo_data, folder, *STEPS, count=2)
+    run.until(lambda: list(folder.glob("CS_scenes_5.tmp")))
+    run.kill(signal.SIGTERM, ranks=[1])
+    assert run.wait() == [143, 143]
+    assert "stopped after step 5" in run.error()
+
+
+def test_a_closed_terminal_stops_a_run_after_a_step(demo_data, tmp_path):
+    ours, terminal = os.openpty()
+    options = ("--data-dir", demo_data, "--snapshot-dir", tmp_path, *SMALL, "--batch-size", 2, *LONG)
+    run = subprocess.Popen(
+        [sys.executable, "train.py", *map(str, options)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(terminal)
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "log.jsonl").exists() and losses(tmp_path)):
+        assert run.poll() is None
+        assert time.monotonic() < deadline, os.read(ours, 4096)
+        time.sleep(0.01)
+    os.close(ours)
+    assert run.wait(60) == 129
+    assert load_checkpoint(newest_checkpoint(tmp_path))["step"] >= max(losses(tmp_path))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_is_ignored_stays_so(signum):
+    before = signal.signal(signum, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signum)
+        assert interruption.signum == 0
+        assert signal.getsignal(signum) is signal.SIG_IGN
+    finally:
+        signal.signal(signum, before)
 
 
 def test_a_signal_to_all_processes_of_the_run_workers_included(demo_data, tmp_path):
@@ -221,7 +271,7 @@ def test_a_process_that_is_killed_ends_the_other(demo_data, tmp_path):
     run.until(lambda: (folder / "log.jsonl").exists() and losses(folder))
     run.kill(signal.SIGKILL, ranks=[1])
     assert run.wait() == [1, -signal.SIGKILL]
-    assert run.error() == "train.py: error: process 0 lost the connection to another one"
+    assert run.error() == "train.py: error: lost the connection to another process"
 
 
 def test_processes_that_see_different_files(demo_data, tmp_path):

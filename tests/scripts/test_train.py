@@ -484,7 +484,7 @@ def test_validation_needs_labels_and_a_split(call, list_data, tmp_path):
     elsewhere = ("--val-list", list_data / "none.lst", "--snapshot-dir", tmp_path / "none")
     result = call("train.py", *options, "--val-every", 1, *elsewhere)
     assert result.status == 1
-    assert "no labelled pixel in the images of --val-every" in result.error
+    assert "no pixel of the 1 labels counts: they hold value 255" in result.error
     result = call("train.py", *options, "--val-every", 1, "--val-list", list_data / "train.lst")
     assert result.status == 0, result.error
     assert (tmp_path / "run" / "model_best.pth").exists()

@@ -358,6 +358,21 @@ def test_an_optimiser_without_momentum(tmp_path):
     assert losses[-1] < losses[0]
 
 
+def test_a_network_that_cannot_be_compiled_is_one_line(monkeypatch):
+    class CompilerError(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    def fail(_):
+        raise CompilerError("No working C++ compiler found\nand many lines")
+
+    _, step = make()
+    monkeypatch.setattr(step, "_step", fail)
+    with pytest.raises(
+        TrainingError, match=r"--compile failed \(No working C\+\+ compiler found\); leave it"
+    ):
+        step(batch())
+
+
 def test_no_memory_is_one_line(monkeypatch):
     _, step = make()
     monkeypatch.setattr(step, "_micro_batch", lambda *_: torch.empty(2**60))
