@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from dataset import (
@@ -47,23 +48,14 @@ from training.provenance import versions
 from training.recipes import CITYSCAPES, find_recipe
 from training.resumption import saved_recipe
 from training.snapshots import find_checkpoint
-from utils.arguments import OutputError, Parser, UsageError, add_flags, run_script, take_flags
+from utils.arguments import OutputError, UsageError, parse_options, run_script
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.distributed import Process, choose_devices, process_group
 from utils.files import write_atomically
 
 
-def parse_args(argv: list[str] | None = None) -> EvaluationOptions:
-    parser = Parser(__doc__)
-    add_flags(parser, EvaluationOptions)
-    try:
-        return EvaluationOptions(**take_flags(EvaluationOptions, parser.parse_args(argv)))
-    except UsageError as error:
-        parser.error(str(error))
-
-
 def main() -> None:
-    options = parse_args()
+    options = parse_options(EvaluationOptions, __doc__)
     devices = choose_devices(options.gpu)
     if len(devices) > 1:
         raise UsageError(f"--gpu {options.gpu}: evaluation takes one GPU for each process; use torchrun")
@@ -117,20 +109,7 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
     path = find_checkpoint(options.restore_from)
     checkpoint = load_checkpoint(path)
     trained = trained_with(checkpoint, path)
-    ignore_label = trained["ignore_label"] if options.ignore_label is None else options.ignore_label
-    num_classes = options.num_classes
-    if num_classes is None and options.dataset == "list":
-        num_classes = trained["num_classes"]
-    spec = find_dataset(options.data_dir, options.dataset, num_classes, ignore_label)
-    pairs = list_samples(spec, options.data_dir, options.split, options.data_list)
-    unlabelled = next((pair.image for pair in pairs if pair.label is None), None)
-    if unlabelled is not None:
-        if options.report:
-            raise DataError(f"--report: {unlabelled} has no label to be scored against")
-        if not (options.save or options.submission):
-            raise DataError(f"{unlabelled} has no label to be scored against; --save keeps the predictions")
-    if options.submission and spec.name != "cityscapes":
-        raise UsageError(f"--submission is for Cityscapes' server; this data set is {spec.name}")
+    spec, pairs = find_samples(options, trained)
     other = None
     if options.compare is not None:  # before the output folder is prepared, which may be the same
         other = (str(options.compare), read_metrics(options.compare))
@@ -149,13 +128,7 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
     network = fold_norms(model).to(process.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     tile_size = options.input_size or trained["input_size"]
-    predict = whole(network) if options.whole else sliding(network, tile_size, options.batch_size)
-    predict = with_autocast(predict, options.amp, process.device)
     fit = None if options.short_sides else options.fit or trained["fit"]
-    if options.short_sides:
-        predict = short_sides(predict, options.short_sides, 1000, options.flip, spec.labels.mirror_pairs)
-    else:
-        predict = multi_scale(predict, options.scales, options.flip, spec.labels.mirror_pairs, fit)
     clip = options.clip or trained["clip"]
     samples: Sequence[Pair | Clip] = pairs
     if clip > 1:
@@ -187,7 +160,7 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
         pairs=pairs,
         share=len(share),
         loaded=load_samples(share, options.num_workers, pin_memory=process.device.type == "cuda"),
-        predict=predict,
+        predict=predict_as(options, network, tile_size, fit, spec.labels.mirror_pairs, process.device),
         matrix=ConfusionMatrix(spec.labels.num_classes, spec.ignore_label, process.device),
         save=in_turn(savers) if savers else None,
         metrics_file=metrics_file,
@@ -195,6 +168,46 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
         reports=reports,
         other=other,
     )
+
+
+def find_samples(options: EvaluationOptions, trained: dict[str, Any]) -> tuple[DatasetSpec, list[Pair]]:
+    """The data set and the samples of a command line.
+
+    Raises:
+        DataError: samples without labels, where these are needed.
+        UsageError: a submission of another data set than Cityscapes.
+    """
+    ignore_label = trained["ignore_label"] if options.ignore_label is None else options.ignore_label
+    num_classes = options.num_classes
+    if num_classes is None and options.dataset == "list":
+        num_classes = trained["num_classes"]
+    spec = find_dataset(options.data_dir, options.dataset, num_classes, ignore_label)
+    pairs = list_samples(spec, options.data_dir, options.split, options.data_list)
+    unlabelled = next((pair.image for pair in pairs if pair.label is None), None)
+    if unlabelled is not None:
+        if options.report:
+            raise DataError(f"--report: {unlabelled} has no label to be scored against")
+        if not (options.save or options.submission):
+            raise DataError(f"{unlabelled} has no label to be scored against; --save keeps the predictions")
+    if options.submission and spec.name != "cityscapes":
+        raise UsageError(f"--submission is for Cityscapes' server; this data set is {spec.name}")
+    return spec, pairs
+
+
+def predict_as(
+    options: EvaluationOptions,
+    network: nn.Module,
+    tile_size: tuple[int, int],
+    fit: tuple[int, int] | None,
+    mirror_pairs: Sequence[tuple[int, int]],
+    device: torch.device,
+) -> Predict:
+    """The network's predictions under the protocol of a command line."""
+    predict = whole(network) if options.whole else sliding(network, tile_size, options.batch_size)
+    predict = with_autocast(predict, options.amp, device)
+    if options.short_sides:
+        return short_sides(predict, options.short_sides, options.flip, mirror_pairs)
+    return multi_scale(predict, options.scales, options.flip, mirror_pairs, fit)
 
 
 def check_classes(checkpoint: dict[str, Any], path: Path, classes: int, spec: DatasetSpec) -> None:
@@ -283,7 +296,7 @@ def report(evaluation: Evaluation, options: EvaluationOptions, seconds: float) -
 
 
 def prepare_output(directory: Path) -> Path:
-    """Where the metrics will go; those of an earlier evaluation are removed, so that none outlives its turn.
+    """Where the metrics will go; those of an earlier one are removed, so that a failure leaves none.
 
     Raises:
         OutputError: the folder cannot be made or written to, which is found before the evaluation.

@@ -7,7 +7,6 @@ from utils import startup
 
 startup.prepare()  # before imports that take seconds
 
-import copy
 import hashlib
 import importlib
 import json
@@ -22,25 +21,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cc_attention import CrissCrossAttention, reference
 from dataset import DATASETS, LabelTable, Normalization
 from dataset.demo import draw_scene
-from evaluation.predictor import labels_of
+from evaluation.options import CheckpointOptions
+from evaluation.predictor import labels_of, trained_on
 from networks import HEADS, NetworkConfig, Segmenter, fold_norms, load_model, mmsegmentation, restore_model
-from networks.names import REFERENCE, difference
-from training.recipes import CITYSCAPES, find_recipe
-from training.resumption import saved_recipe
+from networks.config import REFERENCE, difference
+from networks.portable import Full, Logits, with_formula
+from training.recipes import find_recipe
 from training.snapshots import find_checkpoint
-from utils.arguments import OutputError, Parser, UsageError, add_flags, run_script, take_flags
+from utils.arguments import OutputError, UsageError, parse_options, run_script
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from utils.fields import setting
+from utils.fields import REQUIRED, setting
 
 OPSET = 18  # onnxruntime takes it since version 1.14; files have IR version 10, which 1.18 reads
 CHECKED_SIZES = ((1, 97, 161), (2, 136, 184))  # batch, height, width; the network is traced at another
 TRACED_SIZE = (2, 105, 145)
 LEAST_AGREEMENT = 0.999  # of the predicted classes
+# Of the network's config, what a user of the file must know.
+DESCRIBED = ("mean", "std", "channel_order", "model", "backbone", "recurrence", "align_corners")
 
 # (images, float32 or uint8) → logits or ids
 Runner = Callable[[Tensor], Tensor]
@@ -53,15 +53,9 @@ class ExportError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(CheckpointOptions):
     """What is exported, and how; ``export.py`` makes a flag of each field."""
 
-    restore_from: Path = setting(
-        None, "checkpoint, or a folder to take the newest from", group="network", required=True
-    )
-    recipe: str | None = setting(
-        None, "module:NAME of a file of yours, to know its heads", group="network", metavar="NAME"
-    )
     recurrence: int | None = setting(
         None, "rounds R of criss-cross attention (default: the checkpoint's)", group="network", min=0
     )
@@ -69,16 +63,7 @@ class ExportOptions:
         None, "whose names and colours classes have (default: the checkpoint's)", group="network",
         choices=lambda: tuple(DATASETS),
     )  # fmt: skip
-    num_classes: int | None = setting(
-        None,
-        "classes of a checkpoint without class names, which get numbers",
-        group="network",
-        min=1,
-        max=255,
-    )
-    output: Path = setting(
-        None, "file to write: .onnx, .pt2, or .pth with --names", group="export", required=True
-    )
+    output: Path = setting(REQUIRED, "file to write: .onnx, .pt2, or .pth with --names", group="export")
     full: bool = setting(
         False,
         "RGB pictures (B,H,W,3) uint8 in, class ids (B,H,W) uint8 out; default: normalised images (B,3,H,W) "
@@ -103,24 +88,18 @@ class ExportOptions:
             raise UsageError("--dataset and --num-classes exclude each other")
 
 
-def parse_args(argv: list[str] | None = None) -> ExportOptions:
-    parser = Parser(__doc__)
-    add_flags(parser, ExportOptions)
-    try:
-        return ExportOptions(**take_flags(ExportOptions, parser.parse_args(argv)))
-    except UsageError as error:
-        parser.error(str(error))
-
-
 def main() -> None:
-    options = parse_args()
+    options = parse_options(ExportOptions, __doc__)
     if options.output.suffix == ".onnx":
         import_onnx()
     if options.recipe:
         find_recipe(options.recipe)  # for what its module registers
     path = find_checkpoint(options.restore_from)
     contents = load_checkpoint(path)
-    refuse_clips(contents, path)
+    if (frames := trained_on(contents, path).clip) > 1:  # with one frame it would be another network
+        raise ExportError(
+            f"{path}: was trained on clips of {frames} frames; only networks of images are exported"
+        )
     given = {} if options.recurrence is None else {"recurrence": options.recurrence}
     model, config = restore_model(contents, path, **given)
     labels = classes_of(contents, config, path, options)
@@ -142,7 +121,8 @@ def main() -> None:
             if config.recurrence != NetworkConfig().recurrence:
                 print(f"R = {config.recurrence} is not in these weights: whoever loads them has to set it")
         else:
-            module = (Full if options.full else Logits)(fold_norms(model), config).eval()
+            folded = fold_norms(model)
+            module = (Full(folded, config) if options.full else Logits(folded)).eval()
             write = write_onnx if output.suffix == ".onnx" else write_pt2
             run = write(with_formula(module), metadata(config, labels, path, options.full), temporary)
             check(module, run, config, options.full)
@@ -153,18 +133,6 @@ def main() -> None:
     finally:
         temporary.unlink(missing_ok=True)
     print(f"written to {output}, {size / 2**20:.1f} MiB")
-
-
-def refuse_clips(contents: dict[str, Any], path: Path) -> None:
-    """Networks over time are not exported: with one frame they would be other networks."""
-    recipe = CITYSCAPES
-    if contents.keys() & {"recipe", "settings"}:
-        recipe, _ = saved_recipe(path, contents, "cannot be exported")
-    if recipe.clip > 1:
-        raise ExportError(
-            f"{path}: was trained on clips of {recipe.clip} frames; "
-            "export.py writes networks of single images only"
-        )
 
 
 def classes_of(
@@ -185,92 +153,6 @@ def classes_of(
     return labels
 
 
-class Logits(nn.Module):
-    """Normalised images (B,3,H,W) → logits (B,N,~H/8,~W/8), fp32."""
-
-    def __init__(self, network: nn.Module, config: NetworkConfig | None = None) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(images)["out"]
-        return logits
-
-
-class Full(Logits):
-    """RGB pictures (B,H,W,3) uint8 → predicted train ids (B,H,W) uint8."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, network: nn.Module, config: NetworkConfig) -> None:
-        super().__init__(network)
-        self.flip, self.align_corners = config.channel_order == "BGR", config.align_corners
-        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = images.permute(0, 3, 1, 2).float()
-        x = ((x.flip(1) if self.flip else x) - self.mean) / self.std
-        logits = F.interpolate(
-            super().forward(x), images.shape[1:3], mode="bilinear", align_corners=self.align_corners
-        )
-        return logits.argmax(dim=1).to(torch.uint8)
-
-
-class Formula(nn.Module):
-    """A CrissCrossAttention in operations that every runtime has; the attention is stored whole."""
-
-    def __init__(self, layer: CrissCrossAttention) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        query, key, value = layer.query_conv(x), layer.key_conv(x), layer.value_conv(x)
-        return x + layer.gamma * reference.criss_cross_attention(query, key, value)
-
-
-class BinMeans(nn.Module):
-    """AdaptiveAvgPool2d as a product with two matrices that depend on the input's size.
-
-    ONNX has pooling with fixed windows only, so that the traced size's would stay.
-    """
-
-    def __init__(self, bins: int) -> None:
-        super().__init__()
-        self.bins = bins
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, columns = (self.averaging(length, x.device).to(x.dtype) for length in x.shape[2:])
-        return rows @ x @ columns.T
-
-    def averaging(self, length: int, device: torch.device) -> Tensor:
-        """(bins,length): bin i is the mean of floor(i·length/bins) to before ceil((i+1)·length/bins)."""
-        position, index = (torch.arange(count, device=device) for count in (length, self.bins))
-        index = index[:, None]
-        start = index * length // self.bins
-        end = ((index + 1) * length + self.bins - 1) // self.bins
-        inside = ((position >= start) & (position < end)).float()
-        return inside / inside.sum(dim=1, keepdim=True)
-
-
-def with_formula(module: Logits) -> Logits:
-    """A copy with ``Formula`` in the place of criss-cross attention, and ``BinMeans`` of adaptive pooling.
-
-    It shares the module's parameters.
-    """
-    shared: dict[int, Any] = {id(x): x for x in (*module.parameters(), *module.buffers())}
-    changed = copy.deepcopy(module, shared)
-    for parent in list(changed.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, CrissCrossAttention):
-                setattr(parent, name, Formula(child))
-            elif isinstance(child, nn.AdaptiveAvgPool2d) and isinstance(child.output_size, int):
-                setattr(parent, name, BinMeans(child.output_size))
-    return changed
-
-
 def metadata(config: NetworkConfig, labels: LabelTable, path: Path, full: bool) -> dict[str, str]:
     """What a user of the file must know, as texts; lists are JSON."""
     with path.open("rb") as file:
@@ -279,13 +161,7 @@ def metadata(config: NetworkConfig, labels: LabelTable, path: Path, full: bool) 
         "class_names": labels.names,
         "colours": labels.palette,
         "label_ids": labels.ids,
-        "mean": config.mean,
-        "std": config.std,
-        "channel_order": config.channel_order,
-        "model": config.model,
-        "backbone": config.backbone,
-        "recurrence": config.recurrence,
-        "align_corners": config.align_corners,
+        **{name: getattr(config, name) for name in DESCRIBED},
         "input": "RGB (B,H,W,3) uint8" if full else "(channel - mean) / std, (B,3,H,W) float32",
         "output": "class ids (B,H,W) uint8" if full else "logits (B,N,~H/8,~W/8) float32",
         "checkpoint": path.name,
@@ -313,7 +189,7 @@ def import_onnx() -> tuple[Any, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it the exporters keep their remarks, which no user can act on, to themselves."""
+    """Suppresses the exporters' warnings and log messages, on which no user can act."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

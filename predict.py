@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from evaluation.attention_page import (
     heat_pictures,
 )
 from evaluation.inputs import LEGEND, InputFile, find_inputs
-from evaluation.options import AMP
+from evaluation.options import AMP, CheckpointOptions
 from evaluation.pipeline import Background, iterate_ahead, read_ahead
 from evaluation.prediction_files import (
     overlay,
@@ -38,23 +38,17 @@ from evaluation.prediction_files import (
 from evaluation.video import NO_H264, VideoReader, VideoWriter, find_ffmpeg
 from training.recipes import find_recipe
 from training.snapshots import find_checkpoint
-from utils.arguments import Parser, UsageError, add_flags, run_script, take_flags
+from utils.arguments import UsageError, parse_options, run_script
 from utils.distributed import choose_devices
-from utils.fields import setting
+from utils.fields import REQUIRED, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions:
-    """What is predicted, how, and where results go; each field with a help text is a flag."""
+class PredictOptions(CheckpointOptions):
+    """What is predicted, how, and where results go; ``predict.py`` makes a flag of each field."""
 
-    input: tuple[Path, ...]
-    restore_from: Path = field(metadata={"help": "checkpoint, or a folder to take the newest from"})
-    output_dir: Path = field(metadata={"help": "folder for colour/, ids/, overlay/ and legend.png"})
-    num_classes: int | None = setting(
-        None, "classes of a checkpoint without class names, which get numbers", min=1, max=255
-    )
-    recipe: str | None = setting(None, "module:NAME of a file of yours, to know its heads", metavar="NAME")
-
+    input: tuple[Path, ...] = setting(REQUIRED, "pictures, folders, videos", metavar="PATH", several=True)
+    output_dir: Path = setting(REQUIRED, "folder for colour/, ids/, overlay/ and legend.png")
     attention: str | None = setting(
         None, "instead of predictions, a page for each picture that shows where a point of it looks; "
         "of the pixel in row Y, column X as pictures", metavar="Y,X", optional_value="",
@@ -106,19 +100,8 @@ class PredictOptions:
         return row, column
 
 
-def parse_args(argv: list[str] | None = None) -> PredictOptions:
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "--input", type=Path, nargs="+", action="extend", required=True, metavar="PATH",
-        help="pictures, folders, videos",
-    )  # fmt: skip
-    add_flags(parser, PredictOptions)
-    namespace = parser.parse_args(argv)
-    return PredictOptions(input=tuple(namespace.input), **take_flags(PredictOptions, namespace))
-
-
 def main() -> None:
-    options = parse_args()
+    options = parse_options(PredictOptions, __doc__)
     devices = choose_devices(options.gpu)
     if len(devices) > 1:
         raise UsageError(f"--gpu {options.gpu}: prediction takes one GPU")

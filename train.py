@@ -6,9 +6,7 @@ startup.prepare()  # before imports that take seconds
 
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,23 +15,21 @@ from tqdm import tqdm
 
 import cc_attention
 import libs
-from dataset import Batch, StepSampler, load_batches
+from dataset import Batch
 from evaluation.inference import multi_scale, sliding
 from evaluation.pictures import panels
 from evaluation.scores import validation_scores
-from networks import build_model, fold_norms, network_of, start_from
+from networks import Start, build_model, fold_norms, read_start, start_from
 from training.category_loss import CCL_CHANNELS
 from training.command import NO_DATA, Command, parse_args
 from training.data import find_data, load_data
-from training.options import RunOptions
 from training.progress import LossWindow, Progress
-from training.recipes import format_recipe
-from training.resumption import Resumed, check_same_start, find_resumed, restore
+from training.recipes import Recipe, format_recipe
+from training.resumption import Resumed, check_same_start, find_resumed, restore, resumption_lines
 from training.run import Run, is_due
 from training.snapshots import Snapshots, find_checkpoint
 from training.step import build_step, make_deterministic, set_rates
 from utils.arguments import run_script
-from utils.checkpoint import load_checkpoint
 from utils.distributed import Process, choose_devices, process_group
 from utils.memory import FreedMemory
 
@@ -51,58 +47,39 @@ def main() -> None:
         make_deterministic()
     with process_group(choose_devices(options.gpu)) as process:
         with process.all_or_none():
-            resumed = find_resumed(options.resume, options.snapshot_dir)
-            run = build(command, resumed, process)
-            if resumed is not None:
-                run.first_step = restore(resumed, run.step, run.recipe, run.data.images)
-            elif options.resume is not None and process.is_main:
-                print(
-                    f"--resume: no {run.snapshots.prefix}_*.pth in {options.snapshot_dir} yet, starting anew"
-                )
+            run, remarks = build(command, process)
         check_same_start(process, run.data.images, run.first_step)
         with ExitStack() as stack:
             with process.all_or_none():
                 if process.is_main:
                     stack.enter_context(run.snapshots.locked())
-                    run.prepare(resumed, implementations(run.step.network))
+                    run.prepare(remarks, implementations(run.step.network))
             train(run)
     if run.interruption.signum:
         sys.exit(128 + run.interruption.signum)
 
 
-@dataclass(frozen=True)
-class Start:
-    """The file whose weights a new run begins with."""
-
-    path: Path
-    contents: dict[str, Any]
-    network: dict[str, Any]  # fields of NetworkConfig that are taken from it
-
-
-def find_start(options: RunOptions, resumed: Resumed | None) -> Start | None:
-    """What ``--restore-from`` means; a resumed run goes on without it."""
-    if resumed is not None or options.restore_from is None:
-        return None
-    path = find_checkpoint(options.restore_from)
-    contents = load_checkpoint(path)
-    return Start(path, contents, network_of(contents, path))
+def settle(command: Command) -> tuple[Resumed | None, Start | None, Recipe]:
+    """The checkpoint to resume, or else the file to start from; and the recipe of the run."""
+    options = command.options
+    resumed, start = find_resumed(options.resume, options.snapshot_dir), None
+    if resumed is None and options.restore_from is not None:
+        start = read_start(find_checkpoint(options.restore_from))
+    return resumed, start, command.settle(resumed, start.network if start else {})
 
 
 def print_recipe(command: Command) -> None:
     """The recipe that the command line's run would have; without ``--data-dir`` its classes are as given."""
-    resumed = find_resumed(command.options.resume, command.options.snapshot_dir)
-    start = find_start(command.options, resumed)
-    recipe = command.settle(resumed, start.network if start else {})
+    resumed, _, recipe = settle(command)
     if command.options.data_dir != NO_DATA:
         _, recipe = find_data(command.options, recipe, command.num_classes(resumed))
     print(format_recipe(recipe))
 
 
-def build(command: Command, resumed: Resumed | None, process: Process) -> Run:
-    """Data, network and optimiser of a command line."""
+def build(command: Command, process: Process) -> tuple[Run, list[str]]:
+    """The run of a command line, restored if it is resumed, and what there is to say of that."""
     options = command.options
-    start = find_start(options, resumed)
-    recipe = command.settle(resumed, start.network if start else {})
+    resumed, start, recipe = settle(command)
     spec, recipe = find_data(options, recipe, command.num_classes(resumed))
     options.check(recipe)
     data = load_data(spec, recipe, options)
@@ -129,7 +106,13 @@ def build(command: Command, resumed: Resumed | None, process: Process) -> Run:
     step = build_step(network, recipe, spec.ignore_label, process, libs.abort)
     torch.manual_seed(recipe.random_seed + process.rank)  # for layers that do not draw by the samples' keys
     snapshots = Snapshots(options.snapshot_dir, spec.prefix, options.keep_last)
-    return Run(recipe, options, process, data, step, snapshots, options.start_iters)
+    run = Run(recipe, options, process, data, step, snapshots, options.start_iters)
+    if resumed is not None:
+        run.first_step = restore(resumed, step, recipe, data.images)
+        return run, resumption_lines(resumed, recipe, process.world_size)
+    if options.resume is not None and process.is_main:
+        print(f"--resume: no {spec.prefix}_*.pth in {options.snapshot_dir} yet, starting anew")
+    return run, []
 
 
 def implementations(network: nn.Module) -> list[str]:
@@ -148,12 +131,7 @@ def train(run: Run) -> None:
         return
     if run.data.validation:
         run.find_best()
-    sampler = StepSampler(
-        recipe.batch_size, first_step, recipe.num_steps, process.rank, process.world_size, recipe.accumulate
-    )
-    batches = load_batches(
-        run.data.train, sampler, options.num_workers, pin_memory=process.device.type == "cuda"
-    )
+    batches = run.batches()
     run.step.wrap_model(options.compile)
     window, freed_memory = LossWindow(process, recipe.batch_size), FreedMemory()
     done = saved = first_step

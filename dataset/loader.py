@@ -298,9 +298,9 @@ def _share(sample: Sample) -> Sample:
 def _prepare_worker(_: int) -> None:
     """Signals sent to all processes of a run are answered by the main one, as are a worker's errors.
 
-    A worker ignores Ctrl-C. SIGTERM ends it, as when the main process ends, but not as a failure, which
-    would be raised in the midst of whatever the main process does. Threads that hand over batches print no
-    traceback, nor does what the worker inherited; where a batch would be lost, the worker ends.
+    A worker ignores Ctrl-C and a closed terminal. SIGTERM ends it, as when the main process ends, but not as
+    a failure, which would be raised in the midst of whatever the main process does. Neither the threads that
+    hand over batches nor inherited objects print tracebacks. A worker that would lose a batch ends instead.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dataset import short_side_size
+
 # Images (B,3,H,W), or clips (B,3,T,H,W) and the index of one of their frames → logits (B,N,H,W) in fp32.
 Predict = Callable[..., Tensor]
 
@@ -103,22 +105,17 @@ def scaled_sizes(
 def short_sides(
     predict: Predict,
     sides: Sequence[int],
-    max_long_side: int = 1000,
     flip: bool = False,
     mirror_pairs: Sequence[tuple[int, int]] = (),
 ) -> Predict:
     """As ``multi_scale``, over images whose short side has the given lengths (ADE20K's protocol).
 
     Args:
-        sides: lengths in pixels.
-        max_long_side: an image is scaled less where its long side would exceed this.
+        sides: lengths in pixels, see ``dataset.short_side_size``.
     """
-
-    def sizes(size: Sequence[int]) -> list[list[int]]:
-        factors = [min(side / min(size), max_long_side / max(size)) for side in sides]
-        return [[max(round(length * factor), 1) for length in size] for factor in factors]
-
-    return average(predict, sizes, flip, mirror_pairs)
+    return average(
+        predict, lambda size: [short_side_size(size[0], size[1], side) for side in sides], flip, mirror_pairs
+    )
 
 
 def average(

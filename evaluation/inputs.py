@@ -28,8 +28,9 @@ class InputFile(NamedTuple):
 
 
 def find_inputs(inputs: Sequence[Path], output_dir: Path) -> list[InputFile]:
-    """The files of ``--input``; folders are searched with all below them. Hidden files and results of
-    earlier calls are passed over; what else is left out there is named in a warning.
+    """The files of ``--input``; folders are searched with all below them.
+
+    Hidden files and results of earlier calls are passed over; what else is left out is named in a warning.
 
     Results are named after the files, those of a folder by their path in it. Where several would have one
     name, the ending becomes a part of it (``a_jpg``, ``a_png``), and if they still do, a number.

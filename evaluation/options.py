@@ -1,17 +1,34 @@
-"""The options of ``evaluate.py``."""
+"""The options of ``evaluate.py``, and those that all scripts on a checkpoint have."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from dataset import DataOptions
 from utils.arguments import MAX_SIDE, UsageError, default_workers
-from utils.fields import setting
+from utils.fields import REQUIRED, setting
 
 AMP = ("auto", "bf16", "fp16", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationOptions(DataOptions):
+class CheckpointOptions:
+    """Which network a script works on; each field is a flag."""
+
+    restore_from: Path = setting(REQUIRED, "checkpoint, or a folder to take the newest from", group="network")
+    recipe: str | None = setting(
+        None, "module:NAME of a file of yours, to know what it registers", group="network", metavar="NAME"
+    )
+    num_classes: int | None = setting(
+        None,
+        "classes of a checkpoint without class names, which get numbers",
+        group="network",
+        min=1,
+        max=255,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(CheckpointOptions, DataOptions):
     """What is evaluated, how, and where results go; ``evaluate.py`` makes a flag of each field."""
 
     split: str = setting("val", "split of the data set", group="data")
@@ -27,15 +44,6 @@ class EvaluationOptions(DataOptions):
         None, "label value that does not count (default: the checkpoint's)", group="data", min=0, max=255
     )
 
-    recipe: str | None = setting(
-        None,
-        "module:NAME of a file of yours, to know its heads and data sets",
-        group="network",
-        metavar="NAME",
-    )
-    restore_from: Path = setting(
-        None, "checkpoint, or a folder to take the newest from", group="network", required=True
-    )
     model: str | None = setting(None, "default: the checkpoint's", group="network")
     backbone: str | None = setting(None, "default: the checkpoint's", group="network")
     recurrence: int | None = setting(None, "default: the checkpoint's", group="network", min=0)

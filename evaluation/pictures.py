@@ -1,16 +1,14 @@
 """Pictures of predictions: colours, stored ids, and panels beside image and label."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from dataset import Batch, LabelTable, Normalization, Sample
-from utils.arguments import OutputError
+from evaluation.prediction_files import write_picture
 
 Save = Callable[[Sample, np.ndarray], None]  # sample, predicted train ids (H,W) uint8
 
@@ -61,23 +59,13 @@ def prediction_writer(directory: Path, labels: LabelTable, normalization: Normal
         OutputError: (also the function) a file cannot be written.
     """
 
-    def write(folder: str, name: str, picture: np.ndarray) -> None:
-        path = directory / folder / f"{name}.png"
-        try:
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(picture).save(path)
-        except OSError as error:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-            raise OutputError(f"{path}: cannot write this picture ({error.strerror or error})") from None
-
     def save(sample: Sample, prediction: np.ndarray) -> None:
         colour = labels.colour(prediction)
         target = [] if sample.label is None else [labels.colour(sample.label.numpy())]
-        write("colour", sample.name, colour)
-        write("ids", sample.name, labels.decode(prediction))
+        write_picture(directory / "colour" / f"{sample.name}.png", colour)
+        write_picture(directory / "ids" / f"{sample.name}.png", labels.decode(prediction))
         image = sample.image if sample.image.dim() == 3 else sample.image[:, sample.scored]
         picture = side_by_side(normalization.to_rgb(image.numpy()), *target, colour)
-        write("panels", sample.name, picture)
+        write_picture(directory / "panels" / f"{sample.name}.png", picture)
 
     return save

@@ -97,7 +97,7 @@ class Predictor:
             path = Path(source)
             contents = load_checkpoint(path)
             model, config = restore_model(contents, path)
-            trained = _trained_on(contents, path)
+            trained = trained_on(contents, path)
             classes = config.num_classes
             self.labels = labels or labels_of(contents, path, classes, num_classes)
             self._takes_clips = trained.clip > 1
@@ -236,8 +236,8 @@ def labels_of(
 ) -> LabelTable:
     """The classes that a checkpoint names.
 
-    Those of train.py and mmsegmentation hold them, ours from before that tell their data set; a plain state
-    dict of 19 classes is taken for Cityscapes.
+    Checkpoints of train.py and mmsegmentation hold names and colours; older ones of ours name their data set;
+    a plain state dict of 19 classes is taken for Cityscapes.
 
     Args:
         classes: the network's.
@@ -262,6 +262,31 @@ def labels_of(
     if found != classes:
         raise CheckpointError(f"{path}: names {found} classes, but its network has {classes}")
     return table or generic_table(classes)
+
+
+class TrainedOn(NamedTuple):
+    """What a network saw in training."""
+
+    crop: tuple[int, int]  # (height, width), the tile of the sliding window
+    clip: int  # frames
+    fit: tuple[int, int] | None  # the size that images were fitted into
+
+
+def trained_on(contents: Mapping[str, Any], path: Path) -> TrainedOn:
+    """What a checkpoint's recipe or settings say; of one without, the published crop.
+
+    Raises:
+        CheckpointError: its settings are damaged.
+    """
+    recipe = contents.get("recipe", contents.get("settings", {}))
+    try:
+        height, width = recipe.get("input_size", PUBLISHED_TILE)
+        size, clip = (int(height), int(width)), int(recipe.get("clip", 1))
+        if min(*size, clip) < 1:
+            raise ValueError(f"input_size {size}, clip {clip}")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its settings are damaged ({error})") from None
+    return TrainedOn(size, clip, size if recipe.get("random_affine") else None)
 
 
 def available_memory(device: torch.device) -> int:
@@ -300,26 +325,6 @@ def _table_in(contents: Mapping[str, Any], classes: int) -> LabelTable | None:
     pairs = tuple((int(left), int(right)) for left, right in data.get("mirror_pairs", ()))
     ids = tuple(int(value) for value in data.get("ids", range(len(names))))
     return LabelTable(names, ids, palette, mirror_pairs=pairs)
-
-
-class TrainedOn(NamedTuple):
-    """What a network saw in training."""
-
-    crop: tuple[int, int]  # (height, width), the tile of the sliding window
-    clip: int  # frames
-    fit: tuple[int, int] | None  # the size that images were fitted into
-
-
-def _trained_on(contents: Mapping[str, Any], path: Path) -> TrainedOn:
-    recipe = contents.get("recipe", contents.get("settings", {}))
-    try:
-        height, width = recipe.get("input_size", PUBLISHED_TILE)
-        size, clip = (int(height), int(width)), int(recipe.get("clip", 1))
-        if min(*size, clip) < 1:
-            raise ValueError(f"input_size {size}, clip {clip}")
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its settings are damaged ({error})") from None
-    return TrainedOn(size, clip, size if recipe.get("random_affine") else None)
 
 
 def _are_positive(values: Any, kind: Any) -> bool:

@@ -107,3 +107,19 @@ def _options_of_others(model: str) -> list["Field[Any]"]:
     """The fields that only other heads take."""
     options = HEADS[model].options
     return [x for x in fields(NetworkConfig) if x.metadata.get("head_option") and x.name not in options]
+
+
+# The network that the reference's code has; classes and R are arguments there.
+REFERENCE = {
+    name: getattr(NetworkConfig(), name)
+    for name in ("model", "backbone", "stem", "auxiliary_channels", *NOT_IN_SHAPES)
+}
+
+
+def difference(config: NetworkConfig, network: Mapping[str, Any]) -> str:
+    """In what a config differs from another code's network, in words; empty: in nothing."""
+    return "; ".join(
+        f"{name} is {getattr(config, name)}, there {value}"
+        for name, value in network.items()
+        if getattr(config, name) != value
+    )

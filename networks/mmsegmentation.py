@@ -99,7 +99,7 @@ def from_mmsegmentation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_mmsegmentation(model: nn.Module, eps: float = 1e-5) -> dict[str, Tensor]:
     """A network's state dict for mmsegmentation's CCNet: the same function in evaluation mode.
 
-    The network's config must be ``NETWORK``, see ``networks.names.difference``. ABN's scale |weight| + eps
+    The network's config must be ``NETWORK``, see ``networks.config.difference``. ABN's scale |weight| + eps
     becomes BatchNorm's weight, and a bias before normalisation, which only the auxiliary head's convolution
     has, goes into the running mean.
     """

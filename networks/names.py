@@ -174,27 +174,3 @@ def from_batch_norm(
             if f"{conv}.bias" in state:
                 converted[f"{conv}.bias"] = state[f"{conv}.bias"] * factor
     return converted
-
-
-# The network that the reference's code has; classes and R are arguments there.
-REFERENCE: dict[str, Any] = {
-    "model": "ccnet",
-    "backbone": "resnet101",
-    "stem": "deep",
-    "contracted_dilation": False,
-    "head_activation": "leaky_relu",
-    "auxiliary_channels": 0,
-    "mean": (104.00698793, 116.66876762, 122.67891434),
-    "std": (1.0, 1.0, 1.0),
-    "channel_order": "BGR",
-    "align_corners": True,
-}
-
-
-def difference(config: Any, network: Mapping[str, Any]) -> str:
-    """In what a NetworkConfig differs from another code's network, in words; empty: in nothing."""
-    return "; ".join(
-        f"{name} is {getattr(config, name)}, there {value}"
-        for name, value in network.items()
-        if getattr(config, name) != value
-    )

@@ -1,5 +1,6 @@
 """Weights from files: a whole network for evaluation, or the start of a training run."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def _config_by_shapes(state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def network_of(contents: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of NetworkConfig that whoever starts from a file takes over.
+    """The fields of NetworkConfig that a run takes over from the file it starts from.
 
     With other values its weights would mean something else, though they may fit. mmsegmentation's CCNet has
     many, our checkpoints store those of ``NOT_IN_SHAPES``, and other files have none.
@@ -170,8 +171,23 @@ def network_of(contents: dict[str, Any], path: Path) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != "num_classes"}  # the data decide
 
 
+@dataclass(frozen=True)
+class Start:
+    """The file whose weights a new run begins with."""
+
+    path: Path
+    contents: dict[str, Any]
+    network: dict[str, Any]  # fields of NetworkConfig that are taken from it, see ``network_of``
+
+
+def read_start(path: Path) -> Start:
+    """Read the file to start from; raises as ``load_checkpoint`` and ``network_of``."""
+    contents = load_checkpoint(path)
+    return Start(path, contents, network_of(contents, path))
+
+
 def start_from(model: Segmenter, contents: dict[str, Any], path: Path, new_classifiers: bool = False) -> str:
-    """Begin a run with the weights of a checkpoint of ours or of a backbone trained on ImageNet.
+    """Begin a run with the weights of a whole network, ours or mmsegmentation's, or of an ImageNet backbone.
 
     A backbone's file has no heads: MIT scene parsing's for the deep stem, torchvision's for the plain one.
     MIT's is from before BatchNorm counted batches: its weights are taken for ABN's, as in the reference.

@@ -1,4 +1,4 @@
-"""The dilated ResNet (He et al., CVPR 2016) with the deep stem of MIT scene parsing or the plain one."""
+"""The dilated ResNet (He et al., CVPR 2016) with the stem of MIT's, torchvision's or mmsegmentation's."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -206,11 +206,15 @@ class DilatedResNet(Backbone):
             self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), norm(64)
         # ceil_mode as in the reference: a 769×769 crop gives 97×97 features either way, other sizes differ.
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=stem != "v1c")
-        first = 2 if contracted_dilation else 1
+        contraction = 2 if contracted_dilation else 1
         self.layer1 = _stage(block, wide, 64, blocks1, norm)
         self.layer2 = _stage(block, 64 * block.expansion, 128, blocks2, norm, stride=2)
-        self.layer3 = _stage(block, 128 * block.expansion, 256, blocks3, norm, 1, 2, 2 // first)
-        self.layer4 = _stage(block, 256 * block.expansion, 512, blocks4, norm, 1, 4, 4 // first)
+        self.layer3 = _stage(
+            block, 128 * block.expansion, 256, blocks3, norm, dilation=2, first_dilation=2 // contraction
+        )
+        self.layer4 = _stage(
+            block, 256 * block.expansion, 512, blocks4, norm, dilation=4, first_dilation=4 // contraction
+        )
         self.channels = (256 * block.expansion, 512 * block.expansion)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             stage.checkpoint_activations = checkpoint_activations

@@ -113,7 +113,7 @@ class RunOptions(DataOptions):
         images = recipe.batch_size // recipe.accumulate // (1 if synchronised else parts) * recipe.clip
         if images == 1 and recipe.network.pools_to_one:
             raise UsageError(
-                f"--model {recipe.network.model} normalises the means of images, of which one alone has no "
+                f"--model {recipe.network.model} normalises means of images, and that of one image has no "
                 "variance: raise --batch-size"
                 + " or lower --accumulate" * (recipe.accumulate > 1)
                 + " or take --norm sync" * (parts > 1 and not synchronised)

@@ -16,7 +16,7 @@ from networks.config import NetworkConfig
 from training.category_loss import KINDS
 from training.criterion import CRITERIA
 from training.schedule import SCHEDULES
-from utils.arguments import UsageError, flag_of, format_value
+from utils.arguments import MAX_SIDE, UsageError, flag_of, format_value
 from utils.fields import check_fields, from_dict, setting, to_dict
 
 # The dtype that convolutions and attention compute in.
@@ -45,7 +45,7 @@ class Recipe:
         group="augmentation",
         metavar="N,N,…",
         min=1,
-        max=2**15,
+        max=MAX_SIDE,
     )
     random_affine: bool = setting(
         False,

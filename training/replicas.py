@@ -19,15 +19,15 @@ class Replicas:
     A step copies the parameters only. Replicas are made anew after a failure, and when something of the
     network has changed other than by its steps: the mode of a module, an attribute that is a number or a
     string, a parameter or buffer that was replaced, or a buffer that was written to. Until then each replica
-    updates buffers of its own, of which the first one's are the network's.
+    updates its own buffers; the first replica's are the network's.
 
     Args:
         network: its parameters are on the first device and receive the gradients of all replicas.
         devices: GPUs.
         context: entered by each replica's thread around its forward pass, autocast for one, which holds in
             the thread that enters it only.
-        abort: called with a replica and the error that it failed with, or, if the backward pass failed, with
-            each replica: lets those that wait for it go on, and fail too.
+        abort: wakes the replicas that wait for one that failed, so that they fail too. It is called with that
+            replica and its error; after a failed backward pass, which names none, with each replica.
     """
 
     def __init__(

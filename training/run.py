@@ -1,18 +1,20 @@
 """A training run: what its parts share, and what is written at its start and between its steps."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
 
+from dataset import Batch, StepSampler, load_batches
 from training.data import TrainingData
 from training.interruption import Interruption
 from training.options import RunOptions
 from training.progress import Progress, was_logged
 from training.provenance import describe, summary, write_run_file
 from training.recipes import Recipe
-from training.resumption import Resumed, resumption_lines, run_state
+from training.resumption import run_state
 from training.snapshots import Snapshots, checkpoint_size
 from training.step import TrainStep
 from utils.distributed import Process
@@ -32,11 +34,11 @@ class Run:
     interruption: Interruption = field(default_factory=Interruption)
     best_miou: float = -1.0
 
-    def prepare(self, resumed: Resumed | None, implementations: list[str]) -> None:
+    def prepare(self, remarks: list[str], implementations: list[str]) -> None:
         """Check the folder, print the summary, write ``run.json``; in the main process.
 
         Args:
-            implementations: lines for the summary.
+            remarks, implementations: the summary's first and last lines.
 
         Raises:
             CheckpointError: the folder holds another run, or has no room.
@@ -50,8 +52,7 @@ class Run:
             to_come=-(-steps // options.save_pred_every),
             best=steps > 0 and options.val_every > 0,
         )
-        lines = resumption_lines(resumed, recipe, self.process.world_size) if resumed else []
-        lines += [f"data      {self.data.spec.name}, {len(train.pairs)} images", *self.data.remarks]
+        lines = [*remarks, f"data      {self.data.spec.name}, {len(train.pairs)} images", *self.data.remarks]
         lines += summary(recipe, options, self.step, len(train.pairs), first)
         print("\n".join(lines + implementations))
         if steps:
@@ -71,6 +72,14 @@ class Run:
             if self.process.is_main:
                 self.best_miou = self.snapshots.best_miou(self.data.validation_images)
         self.best_miou = self.process.all_gather_object(self.best_miou)[0]
+
+    def batches(self) -> Iterator[Batch]:
+        """This process's share of the batch of each step that is left."""
+        recipe, process = self.recipe, self.process
+        share = (process.rank, process.world_size, recipe.accumulate)
+        sampler = StepSampler(recipe.batch_size, self.first_step, recipe.num_steps, *share)
+        on_gpu = process.device.type == "cuda"
+        return load_batches(self.data.train, sampler, self.options.num_workers, pin_memory=on_gpu)
 
     def progress(self) -> AbstractContextManager[Progress | None]:
         """The main process's bar and logs."""

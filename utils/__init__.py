@@ -1,1 +1,1 @@
-"""What training and evaluation share and is true of any segmentation model."""
+"""What all scripts stand on: command lines, settings, checkpoints, processes, files."""

@@ -10,12 +10,13 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from utils import startup
 from utils.distributed import exit_process, is_out_of_memory, world_size
 from utils.fields import choices_of
 
+Options = TypeVar("Options")
 NONE = "none"  # an empty tuple
 MAX_SIDE = 2**15  # pixels; whatever is larger was mistyped, and could not be allocated
 
@@ -49,8 +50,9 @@ def add_flags(
     """A flag for each field of a dataclass.
 
     A field's metadata are those of ``utils.fields.setting``, and perhaps "group" (a heading of ``--help``),
-    "metavar", and "optional_value" (what the flag means when no value follows). Fields without "help" get no
-    flag. Flags have no default of their own: what is not given is None in the Namespace, see ``take_flags``.
+    "metavar", "optional_value" (what the flag means when no value follows), and "several" (values of a tuple
+    are divided by blanks, and the flag may be repeated). Fields without "help" get no flag. Flags have no
+    default of their own: what is not given is None in the Namespace, see ``take_flags``.
 
     Args:
         options: the dataclass.
@@ -62,17 +64,30 @@ def add_flags(
     for option in fields(options):
         if "help" not in option.metadata:
             continue
-        title = option.metadata.get("group", title)
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
+        heading = option.metadata.get("group", title)
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
         default = getattr(base, option.name) if base is not None else option.default
-        _add_flag(groups[title], option, hints[option.name], default)
+        _add_flag(groups[heading], option, hints[option.name], default)
 
 
 def take_flags(options: type, namespace: argparse.Namespace) -> dict[str, Any]:
     """The values that the command line gives for the fields of a dataclass, by field name."""
-    flagged = [option.name for option in fields(options) if "help" in option.metadata]
-    return {name: value for name in flagged if (value := getattr(namespace, name)) is not None}
+    given = {x.name: getattr(namespace, x.name) for x in fields(options) if "help" in x.metadata}
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None}
+
+
+def parse_options(options: type[Options], description: str | None, argv: list[str] | None = None) -> Options:
+    """A dataclass of which each field is a flag, from ``argv`` (default: the process's).
+
+    Mistakes, a ``UsageError`` of the dataclass among them, end the process with one line and status 2.
+    """
+    parser = Parser(description)
+    add_flags(parser, options)
+    try:
+        return options(**take_flags(options, parser.parse_args(argv)))
+    except UsageError as error:
+        parser.error(str(error))
 
 
 def format_value(value: object) -> str:
@@ -90,8 +105,7 @@ def _add_flag(group: argparse._ArgumentGroup, option: "Field[Any]", hint: Any, d
     if typing.get_origin(hint) in (typing.Union, types.UnionType):  # X | None
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     settings: dict[str, Any] = {"dest": option.name, "default": None}
-    has_default = option.default is not MISSING or option.default_factory is not MISSING
-    required = metadata.get("required", not has_default and default is MISSING)
+    required = option.default is MISSING and option.default_factory is MISSING and default is MISSING
     settings["required"] = required
     if hint is bool:
         settings |= {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
@@ -102,6 +116,9 @@ def _add_flag(group: argparse._ArgumentGroup, option: "Field[Any]", hint: Any, d
         settings["metavar"] = metadata.get("metavar")
     if (choices := choices_of(option)) is not None:
         settings |= {"choices": choices, "metavar": None}
+    if metadata.get("several"):
+        kind = _parser_of(typing.get_args(hint)[0], metadata)
+        settings |= {"type": kind, "nargs": "+", "action": "extend"}
     if "optional_value" in metadata:
         settings |= {"nargs": "?", "const": metadata["optional_value"]}
     text = format_value(default)

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 Settings = TypeVar("Settings")
+REQUIRED: Any = dataclasses.MISSING  # in the place of a default
 Choices = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
 class UnknownChoiceError(ValueError):
-    """A value that is not among a field's choices, to which a module of the user's may add it."""
+    """A name that a registry does not hold, to which a module of the user's may add it."""
 
 
 def setting(
@@ -34,7 +35,7 @@ def setting(
     """A field of a settings dataclass.
 
     Args:
-        default: its value where nothing is given.
+        default: its value where nothing is given; ``REQUIRED``: it must be given.
         help: one sentence, also the flag's help text.
         choices: the values allowed; a registry or a function, so that later entries count.
         min, max: bounds that are allowed themselves; of a tuple, for each of its numbers.
@@ -68,6 +69,7 @@ def check_fields(settings: Any) -> None:
 
     Raises:
         ValueError: one line with the field, its value and what was expected.
+        UnknownChoiceError: (one of them) a name that a registry does not hold.
     """
     kinds = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
@@ -79,7 +81,8 @@ def check_value(field: "dataclasses.Field[Any]", kind: Any, value: Any) -> None:
     choices = choices_of(field)
     if choices is not None and value not in choices:
         known = ", ".join(str(choice) for choice in choices)
-        raise UnknownChoiceError(f"{field.name} must be one of {known}; got {value!r}")
+        error = ValueError if isinstance(field.metadata["choices"], tuple) else UnknownChoiceError
+        raise error(f"{field.name} must be one of {known}; got {value!r}")
     if not _has_type(value, kind):
         raise ValueError(f"{field.name} must be {_describe(kind)}; got {value!r}")
     for number in value if isinstance(value, tuple) else (value,):
@@ -104,7 +107,7 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """What ``to_dict`` returned, also after JSON, which knows no tuples. Fields that lack keep their default.
+    """What ``to_dict`` returned, also after JSON, which knows no tuples. Missing fields have their default.
 
     Raises:
         ValueError: unknown names, values of a wrong type or out of bounds.

@@ -108,3 +108,9 @@ def test_counts_of_labels_taller_than_a_block(tmp_path):
     (pair,) = write(tmp_path, stored)
     counts = supervision._count_values([pair.label])
     assert {value: counts[value] for value in np.flatnonzero(counts)} == {0: 2497, 1: 1, 2: 1, 255: 1}
+
+
+def test_many_ignored_values_are_doubtful_however_few_their_pixels(tmp_path):
+    stored = np.repeat([7, 8, 0, 1, 2, 3, 4], [60, 30, 2, 2, 2, 2, 2])[None]
+    (line,) = check_supervision(write(tmp_path, stored), CITYSCAPES)
+    assert line.startswith("10% of the pixels of all labels are ignored (as 255) and 17 of 19 classes")

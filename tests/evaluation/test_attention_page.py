@@ -183,3 +183,10 @@ def test_the_weights_that_a_browser_draws(predictor, image, tmp_path, point):
     restored = [part.restored(stored.step).weights().double() for part in stored.rounds]
     for weights, attention in zip(shown["weights"], attention_of(restored, y, x), strict=True):
         np.testing.assert_allclose(weights, attention.flatten(), rtol=1e-4, atol=1e-7)
+
+
+def test_what_is_common_to_all_keys_costs_no_precision():
+    (one,) = random_rounds(1, 8, 5, 7)
+    moved = attention_page.Round(one.query, one.key + 100)
+    plain, balanced = (attention_page._balance(x) for x in (one, moved))
+    assert balanced.key.abs().max() < 1.01 * plain.key.abs().max()

@@ -53,7 +53,7 @@ def test_what_is_written_of_a_prediction(tmp_path):
     with Image.open(tmp_path / "panels" / "a.png") as panel:
         assert panel.size == (3 * 6 + 2 * 2, 4)
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"file/colour/a.png: cannot write this picture \(Not a directory"):
+    with pytest.raises(OutputError, match=r"file/colour/a.png: cannot write this file \(Not a directory"):
         prediction_writer(tmp_path / "file", generic_table(3), Normalization())(
             sample, np.zeros((4, 6), np.uint8)
         )

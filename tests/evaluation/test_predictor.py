@@ -256,3 +256,12 @@ def test_the_hub_gives_the_same(model, tmp_path):
     assert hub.tile_size == (33, 41)
     assert hub.names == TABLE.names
     assert (hub(image) == Predictor(model, "cpu", amp="off")(image)).all()
+
+
+def test_batches_are_as_large_as_half_of_the_memory_allows(model, monkeypatch):
+    predictor = Predictor(model, "cpu", batch_size=4)
+    monkeypatch.setattr("evaluation.predictor.available_memory", lambda device: 4 * 800 * 24 * 32)
+    sizes, run = [], predictor._run
+    monkeypatch.setattr(predictor, "_run", lambda x: sizes.append(len(x)) or run(x))
+    predictor.predict_batch([picture(24, 32)] * 5)
+    assert sizes == [2, 2, 1]

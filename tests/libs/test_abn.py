@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from libs import ABN, InPlaceABN, InPlaceABNSync
+from libs import ABN, InPlaceABN, InPlaceABNSync, to_batch_norm
 
 CLASSES = [ABN, InPlaceABN, InPlaceABNSync]
 ACTIVATIONS = {
@@ -123,3 +123,11 @@ def test_activations_here_are_pytorchs():
     x = torch.randn(100)
     torch.testing.assert_close(ACTIVATIONS["elu"](x), F.elu(x, 0.01))
     torch.testing.assert_close(ACTIVATIONS["leaky_relu"](x), F.leaky_relu(x, 0.01))
+
+
+def test_a_frozen_layer_stays_frozen_as_batch_norm():
+    layer = ABN(4, activation="identity")
+    assert all(x.requires_grad for x in to_batch_norm(layer).parameters())
+    layer.freeze()
+    norm = to_batch_norm(layer)
+    assert not norm.training and not any(x.requires_grad for x in norm.parameters())

@@ -13,6 +13,7 @@ from torch import nn
 import libs
 from libs import ABN, InPlaceABN, ops
 from libs.native import KERNELS
+from libs.precision import imprecise_channels
 
 ACTIVATIONS = ("leaky_relu", "elu", "identity")
 SHAPES = [(3, 5, 7, 9), (2, 5, 1, 1), (1, 5, 3, 4), (4, 5, 11), (6, 5), (2, 5, 2, 3, 4), (2, 37, 19, 23)]
@@ -356,3 +357,10 @@ def test_every_implementation(kernels):
 def test_kernels_are_built_where_there_is_a_compiler():
     if os.environ.get("CI") and "LIBS_KERNELS" not in os.environ:
         assert ops.implementation("cpu").startswith("C++")
+
+
+def test_elu_is_imprecise_near_its_floor():
+    """e⁻ᶻ - 1 at z = bias - 2 scale; the bias itself where it is large beside the scale."""
+    weight, bias = torch.ones(4), torch.tensor([-3.0, 0.0, 3.0, 9.0])
+    assert imprecise_channels(weight, bias, 1e-5, "elu").tolist() == [0, 3]
+    assert imprecise_channels(weight, bias, 1e-5, "leaky_relu").tolist() == [3]

@@ -193,3 +193,10 @@ def test_clips_are_folded_and_only_the_attention_sees_time(frames, monkeypatch):
         assert torch.equal(outputs["out"], alone["out"])
     else:
         assert not torch.allclose(outputs["out"], alone["out"])
+
+
+def test_without_rounds_the_attention_is_not_trained():
+    """DistributedDataParallel waits for the gradient of every parameter that is."""
+    for recurrence in (0, 2):
+        head = build_model(backbone="resnet18", recurrence=recurrence).head
+        assert all(x.requires_grad == (recurrence > 0) for x in head.cca.parameters())

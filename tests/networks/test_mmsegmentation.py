@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from evaluation.inference import whole
 from networks import NetworkConfig, build_model, fold_norms, load_model, start_from
+from networks.config import REFERENCE, difference
 from networks.mmsegmentation import NETWORK, class_names, to_mmsegmentation
-from networks.names import REFERENCE, difference
 from utils.checkpoint import CheckpointError, load_checkpoint
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)

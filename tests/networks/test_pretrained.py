@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import libs
 from networks import HEADS, Head, NetworkConfig, build_model, load_model, network_of, start_from
 from networks.layers import conv_norm
-from networks.names import IMAGENET_MEAN, IMAGENET_STD
+from networks.names import IMAGENET_MEAN, IMAGENET_STD, from_torchvision
 from networks.resnet import STEMS
 from utils.checkpoint import CheckpointError, load_checkpoint
 
@@ -360,3 +360,14 @@ def test_a_backbone_file_brings_no_heads(tmp_path):
     assert start(model, tmp_path / "x.pth") == "heads"
     assert same(source, model, backbone)
     assert torch.equal(model.head.conva[0].weight, before)
+
+
+def test_the_variance_of_the_first_convolution_may_be_below_eps():
+    backbone = build_model(backbone="resnet18", stem="plain").backbone
+    state = {f"bn1.{name}": torch.full((64,), 1e-6) for name in ("running_mean", "running_var")}
+    state["conv1.weight"] = torch.randn(64, 3, 7, 7)
+    ours = from_torchvision(state, backbone)
+    # RGB there, BGR here; the weights are of pixels in units of 0..255, and multiplied by a common size.
+    size = (ours["conv1.weight"][:, 0] / state["conv1.weight"][:, 2]).mean() * 255 * IMAGENET_STD[2]
+    expected = size**2 * (state["bn1.running_var"] + 1e-5)
+    torch.testing.assert_close(ours["bn1.running_var"] + 1e-5, expected, rtol=1e-3, atol=0)

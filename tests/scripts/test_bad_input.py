@@ -32,7 +32,7 @@ def one_line(result, script, status):
     [
         ("train.py", "--data-dir"),
         ("evaluate.py", "--data-dir, --restore-from"),
-        ("predict.py", "--input, --restore-from, --output-dir"),
+        ("predict.py", "--restore-from, --input, --output-dir"),
         ("export.py", "--restore-from, --output"),
     ],
 )
@@ -102,7 +102,7 @@ def test_a_list_needs_its_number_of_classes(call, list_data):
         (("--input-size", "5,5", "--batch-size", "1"), "one feature a batch has no variance"),
         (
             ("--model", "pspnet", "--batch-size", "1"),
-            "--model pspnet normalises the means of images, of which",
+            "--model pspnet normalises means of images, and that of one image",
         ),
         (("--model", "deeplabv3", "--batch-size", "2", "--accumulate", "2"), "or lower --accumulate"),
         (("--ohem-thres", "2"), "--ohem-thres: expected a number at least 0 and at most 1"),

@@ -16,6 +16,7 @@ from evaluation.inference import whole
 from networks import NetworkConfig, build_model, load_model
 from networks.heads.psp import PyramidPooling
 from networks.mmsegmentation import NETWORK, to_mmsegmentation
+from networks.portable import BinMeans, Logits, with_formula
 from utils.checkpoint import load_checkpoint
 
 CLASSES = 5
@@ -102,7 +103,7 @@ def test_onnx_logits(call, plain, tmp_path):
 @pytest.mark.parametrize("bins", [1, 2, 3, 6])
 def test_means_of_bins_are_adaptive_pooling(size, bins):
     x = torch.randn(2, 3, *size, dtype=torch.float64)
-    torch.testing.assert_close(export.BinMeans(bins)(x), F.adaptive_avg_pool2d(x, bins), rtol=0, atol=1e-7)
+    torch.testing.assert_close(BinMeans(bins)(x), F.adaptive_avg_pool2d(x, bins), rtol=0, atol=1e-7)
 
 
 class Pyramid(nn.Module):
@@ -119,12 +120,12 @@ class Pyramid(nn.Module):
 @pytest.fixture
 def pyramid():
     torch.manual_seed(0)
-    return export.Logits(Pyramid()).eval()
+    return Logits(Pyramid()).eval()
 
 
 def test_pyramid_pooling_is_replaced(pyramid):
-    replaced, images = export.with_formula(pyramid), torch.randn(1, 3, 49, 70)
-    assert sum(isinstance(layer, export.BinMeans) for layer in replaced.modules()) == 4
+    replaced, images = with_formula(pyramid), torch.randn(1, 3, 49, 70)
+    assert sum(isinstance(layer, BinMeans) for layer in replaced.modules()) == 4
     with torch.inference_mode():
         torch.testing.assert_close(replaced(images), pyramid(images), rtol=1e-4, atol=1e-5)
 
@@ -132,7 +133,7 @@ def test_pyramid_pooling_is_replaced(pyramid):
 def test_pyramid_pooling_in_onnx_takes_any_size(pyramid, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed (the extra export)")
-    run = export.write_onnx(export.with_formula(pyramid), {}, tmp_path / "x.onnx")
+    run = export.write_onnx(with_formula(pyramid), {}, tmp_path / "x.onnx")
     for batch, height, width in ((1, 43, 70), (3, 64, 49)):
         images = torch.randn(batch, 3, height, width)
         with torch.inference_mode():
@@ -159,7 +160,7 @@ def test_damaged_names(call, trained, tmp_path):
 
 
 def test_what_cannot_be_traced(plain, tmp_path):
-    class Branching(export.Logits):
+    class Branching(Logits):
         def forward(self, images):
             return images if images.sum() > 0 else -images
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import DataError, LabelTable
+from dataset import DataError, LabelTable, generic_table
 from evaluation import Predictor
 from evaluation.inputs import find_inputs
-from evaluation.prediction_files import overlay
+from evaluation.prediction_files import overlay, write_legend
 from evaluation.video import VideoReader, find_ffmpeg
 from networks import build_model
+from predict import Run
 from utils.arguments import UsageError
 
 TABLE = LabelTable(("road", "tree", "sky"), (7, 21, 23), ((128, 64, 128), (107, 142, 35), (70, 130, 180)))
@@ -370,3 +371,39 @@ def test_attention_that_is_not_there(predict, tmp_path):
     path = save_checkpoint(tmp_path / "z_1.pth", recurrence=0)
     one_error(predict(tmp_path / "a.png", "--attention", restore_from=path), 2, "R = 0")
     one_error(predict(tmp_path / "a.png", "--attention", "5;6"), 2, "--attention 5;6: expected Y,X")
+
+
+def test_the_last_clip_of_a_video_reaches_back():
+    seen = []
+
+    def predictor(frames):
+        seen.append(frames[:, 0, 0, 0].tolist())
+        return frames[..., 0]
+
+    predictor.clip = 3
+    run = Run(SimpleNamespace(batch_size=4), predictor)
+    frames = [np.full((2, 2, 3), number, np.uint8) for number in range(7)]
+    ids = [one[0, 0] for _, group in run._predicted_frames(iter(frames)) for one in group]
+    assert seen == [[0, 1, 2], [3, 4, 5], [4, 5, 6]]
+    assert ids == list(range(7))
+
+
+def test_a_number_never_takes_the_name_of_another_input(tmp_path):
+    paths = [
+        tmp_path / folder / f"{name}.png" for folder, name in zip("abc", ("x", "x", "x_png_2"), strict=True)
+    ]
+    for path in paths:
+        path.parent.mkdir()
+        path.touch()
+    names = [file.name for file in find_inputs(paths, tmp_path / "out")]
+    assert names == ["x_png", "x_png_3", "x_png_2"]
+
+
+def test_a_legend_of_many_classes_has_columns(tmp_path):
+    table = generic_table(40)
+    write_legend(tmp_path / "legend.png", table)
+    legend = read(tmp_path / "legend.png")
+    width = (legend.shape[1] - 8) // 2
+    for index in (29, 30, 39):
+        top, left = 8 + 28 * (index % 30), 8 + width * (index // 30)
+        assert tuple(legend[top + 5, left + 5]) == table.palette[index]

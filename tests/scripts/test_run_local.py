@@ -109,6 +109,6 @@ def test_every_documented_command_is_understood(line):
     if script == "train.py":
         train.parse_args(None, arguments)
     elif script == "evaluate.py":
-        evaluate.parse_args(arguments)
+        evaluate.parse_options(evaluate.EvaluationOptions, None, arguments)
     else:
         assert script == "-m" or (ROOT / script).is_file()

@@ -232,3 +232,9 @@ def test_mining_does_not_hide_what_is_not_a_number(keep):
     broken = small.detach().clone()
     broken[0, 0, 0, 0] = float("nan")
     assert build_criterion(ohem=True, ohem_keep=keep)({"out": broken}, target)["loss"].isnan()
+
+
+def test_all_pixels_are_hard_if_there_are_no_more_labels_than_are_kept():
+    grid = torch.tensor([0.1, 0.3, 0.5, *[2.0] * 7])
+    assert ohem_threshold(grid, 0.2, 3 * 64) == 1
+    assert ohem_threshold(grid, 0.2, 2 * 64) == pytest.approx(0.3)
