@@ -26,7 +26,7 @@ def whole(model: nn.Module) -> Predict:
     aligned = getattr(model, "align_corners", True)
 
     def predict(images: Tensor, frame: int = 0) -> Tensor:
-        return _resize(_logits(model, images, frame), images.shape[-2:], aligned)
+        return resize(_logits(model, images, frame), images.shape[-2:], aligned)
 
     return predict
 
@@ -59,7 +59,7 @@ def sliding(
         for start in range(0, len(corners), tile_batch):
             group = corners[start : start + tile_batch]
             tiles = torch.stack([_window(padded[i], top, left, tile_size) for i, top, left in group])
-            logits = _resize(_logits(model, tiles, frame), tile_size, aligned)
+            logits = resize(_logits(model, tiles, frame), tile_size, aligned)
             if total is None:
                 total = logits.new_zeros(batch, logits.shape[1], *padded.shape[-2:])
             for tile, (i, top, left) in zip(logits, group, strict=True):
@@ -139,10 +139,10 @@ def average(
         which = (frame,) if images.dim() == 5 else ()
         total: Tensor | None = None
         for scaled, mirrored in views:
-            view = _resize(images, scaled)
+            view = resize(images, scaled)
             logits = predict(view.flip(-1) if mirrored else view, *which)
             if total is None and not mirrored:
-                total = _resize(logits, size)
+                total = resize(logits, size)
                 if total is logits and len(views) > 1:
                     total = logits.clone()  # it is added to in place
             else:
@@ -164,7 +164,7 @@ def _add(total: Tensor, logits: Tensor, mirrored: bool, mirror_pairs: Sequence[t
     step = max(len(order) // 8, 1)
     for start in range(0, len(order), step):
         part = logits[:, order[start : start + step]]
-        part = _resize(part.flip(3) if mirrored else part, total.shape[2:])
+        part = resize(part.flip(3) if mirrored else part, total.shape[2:])
         total[:, start : start + step].add_(part)
 
 
@@ -215,10 +215,10 @@ def _logits(model: nn.Module, images: Tensor, frame: int) -> Tensor:
     return logits[frame :: images.shape[2]].float()  # the network folds frames into the batch
 
 
-def _resize(x: Tensor, size: Sequence[int], align_corners: bool = True) -> Tensor:
+def resize(x: Tensor, size: Sequence[int], align_corners: bool = True) -> Tensor:
     """Images (B,C,H,W) or clips (B,C,T,H,W), bilinearly."""
     if x.shape[-2:] == tuple(size):
         return x
     if x.dim() == 5:
-        return _resize(x.flatten(0, 1), size, align_corners).unflatten(0, x.shape[:2])
+        return resize(x.flatten(0, 1), size, align_corners).unflatten(0, x.shape[:2])
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)

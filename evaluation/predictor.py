@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dataset import DATASETS, LabelTable, Normalization, generic_table
 from evaluation.bands import Mean, Mirrored, Resized, Rows, Stored, Tiled, class_ids
-from evaluation.inference import scaled_sizes, tile_starts, with_autocast
+from evaluation.inference import resize, scaled_sizes, tile_starts, with_autocast
 from evaluation.options import AMP
 from networks import Segmenter, fold_norms, mmsegmentation, restore_model
 from utils.checkpoint import CheckpointError, load_checkpoint
@@ -192,7 +192,7 @@ class Predictor:
         maps: list[Rows] = []
         for scaled in scaled_sizes(size, self.scales, self._fit):
             for mirrored in (False, True) if self.flip else (False,):
-                view = _resize(inputs, scaled)
+                view = resize(inputs, scaled)
                 logits = self._view_logits(view.flip(-1) if mirrored else view)
                 logits = Mirrored(logits, self.labels.mirror_pairs) if mirrored else logits
                 maps.append(Resized(logits, size))
@@ -340,12 +340,3 @@ def _check(image: np.ndarray) -> None:
         raise ValueError(f"image must be a numpy array of uint8; got {kind}")
     if image.ndim not in (3, 4) or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(f"image must be (H,W,3) or, for a clip, (T,H,W,3); got shape {image.shape}")
-
-
-def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images (B,3,H,W) or clips (B,3,T,H,W), bilinearly and with corners aligned."""
-    if images.shape[-2:] == size:
-        return images
-    if images.dim() == 5:
-        return _resize(images.flatten(0, 1), size).unflatten(0, images.shape[:2])
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=True)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from dataset import Batch, Normalization, Sample, generic_table
 from evaluation.pictures import panels, prediction_writer, side_by_side
+from evaluation.prediction_files import write_legend
 from utils.arguments import OutputError
 
 
@@ -57,3 +58,13 @@ def test_what_is_written_of_a_prediction(tmp_path):
         prediction_writer(tmp_path / "file", generic_table(3), Normalization())(
             sample, np.zeros((4, 6), np.uint8)
         )
+
+
+def test_a_legend_of_many_classes_has_columns(tmp_path):
+    table = generic_table(40)
+    write_legend(tmp_path / "legend.png", table)
+    legend = np.asarray(Image.open(tmp_path / "legend.png"))
+    width = (legend.shape[1] - 8) // 2
+    for index in (29, 30, 39):
+        top, left = 8 + 28 * (index % 30), 8 + width * (index // 30)
+        assert tuple(legend[top + 5, left + 5]) == table.palette[index]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import DataError, LabelTable, generic_table
+from dataset import DataError, LabelTable
 from evaluation import Predictor
 from evaluation.inputs import find_inputs
-from evaluation.prediction_files import overlay, write_legend
+from evaluation.prediction_files import overlay
 from evaluation.video import VideoReader, find_ffmpeg
 from networks import build_model
 from predict import Run
@@ -397,13 +397,3 @@ def test_a_number_never_takes_the_name_of_another_input(tmp_path):
         path.touch()
     names = [file.name for file in find_inputs(paths, tmp_path / "out")]
     assert names == ["x_png", "x_png_3", "x_png_2"]
-
-
-def test_a_legend_of_many_classes_has_columns(tmp_path):
-    table = generic_table(40)
-    write_legend(tmp_path / "legend.png", table)
-    legend = read(tmp_path / "legend.png")
-    width = (legend.shape[1] - 8) // 2
-    for index in (29, 30, 39):
-        top, left = 8 + 28 * (index % 30), 8 + width * (index // 30)
-        assert tuple(legend[top + 5, left + 5]) == table.palette[index]
