@@ -182,8 +182,11 @@ class DilatedResNet(Backbone):
         checkpoint_activations: recompute activations in the backward pass instead of saving them.
 
     Attributes:
+        planes: of the four stages' blocks.
         channels: of ``layer3`` and ``layer4``.
     """
+
+    planes: ClassVar[tuple[int, int, int, int]] = (64, 128, 256, 512)
 
     def __init__(
         self,
@@ -207,15 +210,17 @@ class DilatedResNet(Backbone):
         # ceil_mode as in the reference: a 769×769 crop gives 97×97 features either way, other sizes differ.
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=stem != "v1c")
         contraction = 2 if contracted_dilation else 1
-        self.layer1 = _stage(block, wide, 64, blocks1, norm)
-        self.layer2 = _stage(block, 64 * block.expansion, 128, blocks2, norm, stride=2)
+        planes1, planes2, planes3, planes4 = self.planes
+        channels1, channels2, channels3, channels4 = (planes * block.expansion for planes in self.planes)
+        self.layer1 = _stage(block, wide, planes1, blocks1, norm)
+        self.layer2 = _stage(block, channels1, planes2, blocks2, norm, stride=2)
         self.layer3 = _stage(
-            block, 128 * block.expansion, 256, blocks3, norm, dilation=2, first_dilation=2 // contraction
+            block, channels2, planes3, blocks3, norm, dilation=2, first_dilation=2 // contraction
         )
         self.layer4 = _stage(
-            block, 256 * block.expansion, 512, blocks4, norm, dilation=4, first_dilation=4 // contraction
+            block, channels3, planes4, blocks4, norm, dilation=4, first_dilation=4 // contraction
         )
-        self.channels = (256 * block.expansion, 512 * block.expansion)
+        self.channels = (channels3, channels4)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             stage.checkpoint_activations = checkpoint_activations
 

@@ -10,8 +10,10 @@ import torch
 
 from tests.scripts.processes import ROOT
 
-# The smallest real network on the smallest crops.
-SMALL = ("--backbone", "resnet18", "--input-size", "33,41", "--gpu", "cpu", "--num-workers", "0")
+TINY = ("--input-size", "33,41", "--gpu", "cpu", "--num-workers", "0")
+# The smallest real network on the smallest crops, and one that only tests have.
+SMALL = ("--backbone", "resnet18", *TINY)
+THIN = ("--backbone", "thin", *TINY)
 
 
 class Result(NamedTuple):
@@ -52,7 +54,7 @@ def trained(demo_data, tmp_path_factory):
     """The checkpoint of a network that saw two batches."""
     folder = tmp_path_factory.mktemp("trained")
     argv = sys.argv
-    sys.argv = ["train.py", "--data-dir", str(demo_data), "--snapshot-dir", str(folder), *SMALL]
+    sys.argv = ["train.py", "--data-dir", str(demo_data), "--snapshot-dir", str(folder), *THIN]
     sys.argv += ["--batch-size", "2", "--num-steps", "2"]
     try:
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from networks import build_model
 from tests.samples import write_pair
-from tests.scripts.conftest import ROOT, SMALL
+from tests.scripts.conftest import ROOT, SMALL, THIN
 from training.snapshots import Snapshots
 
 
@@ -171,7 +171,7 @@ def test_data_met_while_training(call, list_data, tmp_path, fault, workers):
         message = f"{image}: unreadable or truncated image"
     result = call(
         "train.py", "--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst",
-        "--num-classes", 3, "--snapshot-dir", tmp_path / "run", *SMALL, "--num-workers", workers,
+        "--num-classes", 3, "--snapshot-dir", tmp_path / "run", *THIN, "--num-workers", workers,
         "--batch-size", 1, "--num-steps", 3,
     )  # fmt: skip
     assert message in one_line(result, "train.py", 1)
@@ -181,7 +181,7 @@ def test_labels_of_the_validation_are_looked_at_before_training(call, list_data,
     (list_data / "own.lst").write_text(write_pair(list_data, "own", values=4))
     result = call(
         "train.py", "--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst",
-        "--num-classes", 3, "--snapshot-dir", tmp_path / "run", *SMALL, "--batch-size", 1,
+        "--num-classes", 3, "--snapshot-dir", tmp_path / "run", *THIN, "--batch-size", 1,
         "--val-every", 3, "--val-list", "own.lst",
     )  # fmt: skip
     assert "labels/own.png: holds label value 3, which is none of the 3 classes" in one_line(
@@ -201,7 +201,7 @@ def test_checkpoints(call, script, fault, demo_data, tmp_path, trained):
     elif fault == "pickle":
         torch.save({"model": Unpickled()}, path)
     result = call(
-        script, "--data-dir", demo_data, "--restore-from", path, "--backbone", "resnet18", "--gpu", "cpu",
+        script, "--data-dir", demo_data, "--restore-from", path, "--backbone", "thin", "--gpu", "cpu",
         *(("--snapshot-dir", tmp_path / "run") if script == "train.py" else ("--output-dir", tmp_path)),
     )  # fmt: skip
     message = {
@@ -214,9 +214,9 @@ def test_checkpoints(call, script, fault, demo_data, tmp_path, trained):
 
 
 def test_resuming_from_what_is_no_checkpoint_of_a_run(call, demo_data, tmp_path):
-    torch.save(build_model(backbone="resnet18").state_dict(), tmp_path / "plain.pth")
+    torch.save(build_model(backbone="thin").state_dict(), tmp_path / "plain.pth")
     resume = ("--resume", tmp_path / "plain.pth")
-    result = call("train.py", "--data-dir", demo_data, "--snapshot-dir", tmp_path / "run", *SMALL, *resume)
+    result = call("train.py", "--data-dir", demo_data, "--snapshot-dir", tmp_path / "run", *THIN, *resume)
     message = "plain.pth: cannot be resumed, it lacks model, optimizer, random_states, step"
     assert message in one_line(result, "train.py", 1)
 
@@ -229,7 +229,7 @@ def test_a_folder_without_checkpoints(call, demo_data, tmp_path):
 def test_snapshots_that_cannot_be_written(call, demo_data, tmp_path):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "run"
-    result = call("train.py", "--data-dir", demo_data, "--snapshot-dir", folder, *SMALL)
+    result = call("train.py", "--data-dir", demo_data, "--snapshot-dir", folder, *THIN)
     assert f"{folder}: cannot hold checkpoints (Not a directory)" in one_line(result, "train.py", 1)
 
 
@@ -246,7 +246,7 @@ def test_no_room_is_found_before_training(demo_data, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run(call, demo_data, tmp_path):
     result = call(
-        "train.py", "--data-dir", demo_data, "--snapshot-dir", tmp_path, *SMALL, "--batch-size", 2,
+        "train.py", "--data-dir", demo_data, "--snapshot-dir", tmp_path, *THIN, "--batch-size", 2,
         "--num-steps", 12, "--learning-rate", 1e20, "--save-pred-every", 1, "--ohem", 0,
     )  # fmt: skip
     line = one_line(result, "train.py", 1)
@@ -259,12 +259,12 @@ def test_a_step_that_needs_more_memory_than_there_is(call, demo_data, tmp_path, 
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     monkeypatch.setattr("networks.Segmenter.forward", full)
-    result = call("train.py", "--data-dir", demo_data, "--snapshot-dir", tmp_path / "run", *SMALL)
+    result = call("train.py", "--data-dir", demo_data, "--snapshot-dir", tmp_path / "run", *THIN)
     line = one_line(result, "train.py", 1)
     assert line.startswith("train.py: error: step 1: out of memory; lower --batch-size or --input-size")
 
 
 def test_two_runs_in_one_folder(call, demo_data, tmp_path):
     with Snapshots(tmp_path, "CS_scenes").locked():
-        result = call("train.py", "--data-dir", demo_data, "--snapshot-dir", tmp_path, *SMALL)
+        result = call("train.py", "--data-dir", demo_data, "--snapshot-dir", tmp_path, *THIN)
     assert f"{tmp_path}: another run is writing there" in one_line(result, "train.py", 1)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dataset import find_dataset, list_samples
 from networks import build_model
-from tests.scripts.conftest import SMALL
+from tests.scripts.conftest import THIN
 from utils.checkpoint import load_checkpoint
 
 QUIET = ("--gpu", "cpu", "--num-workers", "0")
@@ -34,12 +34,12 @@ def evaluated(call, demo_data, trained, tmp_path):
 def test_scores_are_those_of_the_benchmarks_own_scripts(call, demo_data, tmp_path):
     scripts = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
     torch.manual_seed(0)
-    model = build_model(backbone="resnet18")
+    model = build_model(backbone="thin")
     model.head.classifier.weight.data.normal_()  # predicts a bit of everything
     torch.save(model.state_dict(), tmp_path / "plain.pth")
     result = call(
         "evaluate.py", "--data-dir", demo_data, "--restore-from", tmp_path / "plain.pth", "--save",
-        "--backbone", "resnet18", "--input-size", "49,57", "--output-dir", tmp_path, *QUIET,
+        "--backbone", "thin", "--input-size", "49,57", "--output-dir", tmp_path, *QUIET,
     )  # fmt: skip
     assert result.status == 0, result.error
     pairs = list_samples(find_dataset(demo_data), demo_data, "val")
@@ -63,7 +63,7 @@ def test_table_and_files(evaluated, demo_data, trained):
     assert f"mIoU {100 * metrics['mIoU']:.2f} over 3 images" in result.out
     assert "traffic light" in result.out
     settings = metrics["settings"]
-    assert (settings["backbone"], settings["recurrence"], settings["step"]) == ("resnet18", 2, 2)
+    assert (settings["backbone"], settings["recurrence"], settings["step"]) == ("thin", 2, 2)
     assert settings["checkpoint"] == str(trained)
     counted = sum(map(sum, metrics["confusion_matrix"]))
     labels = [find_dataset(demo_data).labels.encode(np.array(Image.open(pair.label))) for pair in
@@ -90,10 +90,10 @@ def test_protocols(call, demo_data, trained, tmp_path, options):
 
 
 def test_a_plain_state_dict_with_another_r(call, demo_data, tmp_path):
-    torch.save(build_model(backbone="resnet18").state_dict(), tmp_path / "plain.pth")
+    torch.save(build_model(backbone="thin").state_dict(), tmp_path / "plain.pth")
     result = call(
         "evaluate.py", "--data-dir", demo_data, "--restore-from", tmp_path / "plain.pth", "--whole",
-        "--backbone", "resnet18", "--recurrence", 3, "--output-dir", tmp_path / "out", *QUIET,
+        "--backbone", "thin", "--recurrence", 3, "--output-dir", tmp_path / "out", *QUIET,
     )  # fmt: skip
     assert result.status == 0, result.error
     assert metrics_of(tmp_path / "out")["settings"]["recurrence"] == 3
@@ -152,7 +152,7 @@ def test_metrics_of_an_earlier_evaluation_do_not_outlive_it(call, demo_data, tra
         ({"settings": []}, "not named values"),
         ({"settings": {"backbone": "resnet34"}}, "'resnet34'"),
         ({"settings": {"recurrence": "2"}}, "recurrence must be a whole number; got '2'"),
-        ({"settings": {"backbone": "resnet18", "input_size": (0, 0)}}, "input_size"),
+        ({"settings": {"backbone": "thin", "input_size": (0, 0)}}, "input_size"),
     ],
     ids=str,
 )
@@ -204,13 +204,13 @@ def test_a_perfect_network_scores_one(call, list_data, tmp_path):
     """Labels that are all one class, and a network that says so: the whole chain must report 1."""
     for path in (list_data / "labels").iterdir():
         Image.fromarray(np.full((20, 30), 2, np.uint8)).save(path)
-    model = build_model(num_classes=3, backbone="resnet18")
+    model = build_model(num_classes=3, backbone="thin")
     model.head.classifier.weight.data.zero_()
     model.head.classifier.bias.data = torch.tensor([0.0, 0.0, 1.0])
     torch.save(model.state_dict(), tmp_path / "plain.pth")
     result = call(
         "evaluate.py", "--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst",
-        "--num-classes", 3, "--restore-from", tmp_path / "plain.pth", "--backbone", "resnet18",
+        "--num-classes", 3, "--restore-from", tmp_path / "plain.pth", "--backbone", "thin",
         "--input-size", "17,17", "--output-dir", tmp_path, *QUIET,
     )  # fmt: skip
     assert result.status == 0, result.error
@@ -221,7 +221,7 @@ def test_a_perfect_network_scores_one(call, list_data, tmp_path):
 
 def test_camvid(call, camvid, tmp_path):
     (tmp_path / "two.lst").write_text("\n".join((camvid / "val.txt").read_text().splitlines()[:2]))
-    train = ("--data-dir", camvid, "--snapshot-dir", tmp_path, *SMALL, "--batch-size", 2, "--num-steps", 1)
+    train = ("--data-dir", camvid, "--snapshot-dir", tmp_path, *THIN, "--batch-size", 2, "--num-steps", 1)
     assert call("train.py", *train).status == 0
     result = call(
         "evaluate.py", "--data-dir", camvid, "--data-list", tmp_path / "two.lst", "--whole",

@@ -9,7 +9,7 @@ from PIL import Image
 from dataset.reading import read_image
 from evaluation import Predictor
 from networks import HEADS
-from tests.scripts.conftest import SMALL, log_of, same_tensors
+from tests.scripts.conftest import THIN, log_of, same_tensors
 from utils.checkpoint import load_checkpoint
 
 ONE_STEP = ("--batch-size", 2, "--num-steps", 1)
@@ -33,10 +33,10 @@ def blobs(seed, values, size=(40, 56)):
 
 @pytest.mark.parametrize("model", sorted(set(HEADS) - {"ccnet"}))
 def test_each_head_trains_resumes_and_is_evaluated(call, demo_data, tmp_path, model):
-    options = ("--data-dir", demo_data, *SMALL, "--batch-size", 2, "--snapshot-dir", tmp_path, "--ohem", 0)
+    options = ("--data-dir", demo_data, *THIN, "--batch-size", 2, "--snapshot-dir", tmp_path, "--ohem", 0)
     result = call("train.py", *options, "--model", model, "--num-steps", 1)
     assert result.status == 0, result.error
-    assert f"network   {model} on resnet18, 19 classes" in result.out
+    assert f"network   {model} on thin, 19 classes" in result.out
     result = call("train.py", *options, "--resume", "--num-steps", 2)
     assert result.status == 0, result.error
     assert load_checkpoint(tmp_path / "CS_scenes_2.pth")["network"]["model"] == model
@@ -48,7 +48,7 @@ def test_each_head_trains_resumes_and_is_evaluated(call, demo_data, tmp_path, mo
 
 
 def test_an_option_of_another_head_is_refused(call, demo_data, tmp_path):
-    options = ("--data-dir", demo_data, *SMALL, *ONE_STEP, "--snapshot-dir", tmp_path)
+    options = ("--data-dir", demo_data, *THIN, *ONE_STEP, "--snapshot-dir", tmp_path)
     result = call("train.py", *options, "--model", "fcn", "--recurrence", 3)
     assert result.status == 2
     assert "recurrence=3 is an option of ccnet" in result.error
@@ -57,7 +57,7 @@ def test_an_option_of_another_head_is_refused(call, demo_data, tmp_path):
 
 def test_the_category_consistent_loss(call, demo_data, tmp_path):
     """Logged in its terms; its embedding is for training only, and may come or go between runs."""
-    options = ("--data-dir", demo_data, *SMALL, *ONE_STEP, "--ohem", 0, "--learning-rate", 1e-30)
+    options = ("--data-dir", demo_data, *THIN, *ONE_STEP, "--ohem", 0, "--learning-rate", 1e-30)
     result = call("train.py", *options, "--snapshot-dir", tmp_path / "with", "--ccl")
     assert result.status == 0, result.error
     (line,) = log_of(tmp_path / "with")
@@ -95,7 +95,7 @@ def ade20k(tmp_path):
 
 
 def test_ade20k(call, ade20k, tmp_path):
-    small = ("--backbone", "resnet18", "--input-size", "33,41", "--short-sides", "30,50", *ONE_STEP, *QUIET)
+    small = ("--backbone", "thin", "--input-size", "33,41", "--short-sides", "30,50", *ONE_STEP, *QUIET)
     result = call(
         "train.py", "--recipe", "ade20k", "--data-dir", ade20k, "--snapshot-dir", tmp_path / "run", *small
     )
@@ -116,7 +116,7 @@ def test_a_label_beyond_ade20ks_classes_is_named(call, ade20k, tmp_path):
     write(ade20k / "annotations" / "training" / "1.png", np.full((40, 56), 151, np.uint8))
     result = call(
         "train.py", "--recipe", "ade20k", "--data-dir", ade20k, "--snapshot-dir", tmp_path / "run",
-        "--backbone", "resnet18", "--input-size", "33,41", *ONE_STEP, *QUIET,
+        "--backbone", "thin", "--input-size", "33,41", *ONE_STEP, *QUIET,
     )  # fmt: skip
     assert result.status == 1
     assert "annotations/training/1.png: holds label value 151" in result.error
@@ -139,7 +139,7 @@ def lip(tmp_path):
 
 def test_lip(call, lip, tmp_path):
     """Images are fitted into the crop, in validation, evaluation and prediction too."""
-    small = ("--backbone", "resnet18", "--input-size", "33,41", *ONE_STEP, *QUIET)
+    small = ("--backbone", "thin", "--input-size", "33,41", *ONE_STEP, *QUIET)
     result = call(
         "train.py", "--recipe", "lip", "--data-dir", lip, "--snapshot-dir", tmp_path / "run", *small,
         "--val-every", 1,
@@ -175,7 +175,7 @@ def video(tmp_path):
 
 
 def test_clips_start_from_images_and_are_evaluated(call, video, tmp_path):
-    options = ("--data-dir", video, *SMALL, *ONE_STEP, "--ohem", 0)
+    options = ("--data-dir", video, *THIN, *ONE_STEP, "--ohem", 0)
     result = call("train.py", *options, "--snapshot-dir", tmp_path / "image")
     assert result.status == 0, result.error
     result = call(
@@ -200,7 +200,7 @@ def test_clips_start_from_images_and_are_evaluated(call, video, tmp_path):
 
 
 def test_clips_of_one_frame_are_images(call, video, tmp_path):
-    options = ("--data-dir", video, *SMALL, "--batch-size", 2, "--num-steps", 2, "--ohem", 0)
+    options = ("--data-dir", video, *THIN, "--batch-size", 2, "--num-steps", 2, "--ohem", 0)
     for name, more in (("image", ()), ("clip", ("--clip", 1))):
         assert call("train.py", *options, "--snapshot-dir", tmp_path / name, *more).status == 0
     left, right = (load_checkpoint(tmp_path / name / "CamVid_2.pth")["model"] for name in ("image", "clip"))
@@ -213,7 +213,7 @@ def test_clips_of_one_frame_are_images(call, video, tmp_path):
 )
 def test_clips_that_cannot_be(call, video, tmp_path, clip, message, status):
     result = call(
-        "train.py", "--data-dir", video, *SMALL, *ONE_STEP, "--snapshot-dir", tmp_path, "--clip", clip
+        "train.py", "--data-dir", video, *THIN, *ONE_STEP, "--snapshot-dir", tmp_path, "--clip", clip
     )
     assert result.status == status
     assert message in result.error
@@ -222,7 +222,7 @@ def test_clips_that_cannot_be(call, video, tmp_path, clip, message, status):
 
 def test_data_without_sequences_has_no_clips(call, demo_data, tmp_path):
     result = call(
-        "train.py", "--data-dir", demo_data, *SMALL, *ONE_STEP, "--snapshot-dir", tmp_path, "--clip", 3
+        "train.py", "--data-dir", demo_data, *THIN, *ONE_STEP, "--snapshot-dir", tmp_path, "--clip", 3
     )
     assert result.status == 1
     assert "no sequences" in result.error or "has no" in result.error

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.scripts.conftest import ROOT, SMALL, log_of
+from tests.scripts.conftest import ROOT, SMALL, THIN, log_of
 from tests.scripts.processes import Processes, free_port
 from utils.checkpoint import load_checkpoint
 
@@ -34,7 +34,7 @@ def test_any_number_of_processes_has_the_same_losses(demo_data, tmp_path, counts
         options = (
             "--data-dir",
             demo_data,
-            *SMALL,
+            *THIN,
             "--batch-size",
             6,
             *SLOW,
@@ -98,7 +98,7 @@ def test_two_machines(demo_data, tmp_path):
 
 
 def test_going_on_with_another_number_of_processes(demo_data, tmp_path):
-    options = ("--data-dir", demo_data, *SMALL, "--batch-size", 2, *SLOW)
+    options = ("--data-dir", demo_data, *THIN, "--batch-size", 2, *SLOW)
     Processes(tmp_path, "train.py", *options, "--snapshot-dir", tmp_path / "one").succeed()
     (tmp_path / "two").mkdir()
     shutil.copy(tmp_path / "one" / "CS_scenes_2.pth", tmp_path / "two")
@@ -122,7 +122,7 @@ def test_going_on_with_another_number_of_processes(demo_data, tmp_path):
     ],
 )
 def test_usage(demo_data, tmp_path, arguments, message):
-    options = ("--data-dir", demo_data, *SMALL[:-4], *arguments, "--snapshot-dir", tmp_path / "run")
+    options = ("--data-dir", demo_data, *THIN[:-4], *arguments, "--snapshot-dir", tmp_path / "run")
     run = Processes(tmp_path, "train.py", *options, count=2)
     assert run.wait() == [2, 2]
     assert message in run.error()

@@ -7,7 +7,7 @@ import pytest
 
 import train
 from networks import HEADS
-from tests.scripts.conftest import SMALL
+from tests.scripts.conftest import THIN
 from tests.scripts.processes import Processes
 from training.recipes import RECIPES, recipe_to_dict
 from utils.checkpoint import load_checkpoint
@@ -18,7 +18,7 @@ from dataclasses import replace
 from networks import NetworkConfig
 from training.recipes import CITYSCAPES
 
-SHORT = replace(CITYSCAPES, network=NetworkConfig(backbone="resnet18"), num_steps=7, batch_size=3, ohem=False)
+SHORT = replace(CITYSCAPES, network=NetworkConfig(backbone="thin"), num_steps=7, batch_size=3, ohem=False)
 NUMBER = 5
 """
 
@@ -124,8 +124,8 @@ def test_a_recipe_of_ones_own(call, module, demo_data, tmp_path):
     """Found in the working folder, changed by flags, kept by the checkpoint and by the resumed run."""
     module("own_recipes", MODULE)
     flags = printed(call("train.py", "--recipe", "own_recipes:SHORT", "--print-recipe"))
-    assert (flags["--num-steps"], flags["--batch-size"], flags["--backbone"]) == ("7", "3", "resnet18")
-    options = ("--data-dir", demo_data, "--snapshot-dir", tmp_path / "run", *SMALL[2:])
+    assert (flags["--num-steps"], flags["--batch-size"], flags["--backbone"]) == ("7", "3", "thin")
+    options = ("--data-dir", demo_data, "--snapshot-dir", tmp_path / "run", *THIN[2:])
     result = call("train.py", *options, "--recipe", "own_recipes:SHORT", "--num-steps", 1)
     assert result.status == 0, result.error
     recipe = load_checkpoint(tmp_path / "run" / "CS_scenes_1.pth")["recipe"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.samples import write_pair
-from tests.scripts.conftest import SMALL, log_of, same_tensors
+from tests.scripts.conftest import SMALL, THIN, log_of, same_tensors
 from tests.scripts.processes import ROOT, Processes
 from training.interruption import Interruption
 from training.snapshots import newest_checkpoint
@@ -27,8 +27,8 @@ LONG = ("--num-steps", 10**6, "--save-pred-every", 10**6)
 SAVING = ("--num-steps", 10**6, "--save-pred-every", 1, "--keep-last", 2)
 
 
-def start(data, folder, *more, count=1):
-    options = ("--data-dir", data, "--snapshot-dir", folder, *SMALL, "--batch-size", 2, *more)
+def start(data, folder, *more, count=1, network=THIN):
+    options = ("--data-dir", data, "--snapshot-dir", folder, *network, "--batch-size", 2, *more)
     return Processes(folder.parent / "output", "train.py", *options, count=count)
 
 
@@ -50,16 +50,17 @@ def undisturbed(demo_data, tmp_path_factory):
     """For a number of processes the folder of a run of five steps that nothing interrupts."""
     folders = {}
 
-    def run(count):
-        if count not in folders:
-            folders[count] = tmp_path_factory.mktemp(f"undisturbed{count}") / "run"
-            start(demo_data, folders[count], *STEPS, count=count).succeed()
-        return folders[count]
+    def run(count, network=THIN):
+        key = count, network
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp(f"undisturbed{count}") / "run"
+            start(demo_data, folders[key], *STEPS, count=count, network=network).succeed()
+        return folders[key]
 
     return run
 
 
-# When the processes are killed: as soon as one of these files is there.
+# When the processes are killed: as soon as one of these files is there. A ResNet's checkpoints take a while.
 MOMENTS = {
     "while the first checkpoint is written": "CS_scenes_1.tmp",
     "while the third checkpoint is written": "CS_scenes_3.tmp",
@@ -74,17 +75,17 @@ MOMENTS = {
 )
 def test_killed_and_resumed_ends_with_the_same_bits(demo_data, tmp_path, undisturbed, moment, count):
     folder = tmp_path / "run"
-    run = start(demo_data, folder, *STEPS, count=count)
+    run = start(demo_data, folder, *STEPS, count=count, network=SMALL)
     run.until(lambda: list(folder.glob(MOMENTS[moment])))
     run.kill(signal.SIGKILL)
     assert run.wait() == [-signal.SIGKILL] * count
     assert not (folder / "CS_scenes_5.pth").exists()
 
     # The number of workers may differ; the run may not.
-    resumed = start(demo_data, folder, *STEPS, "--resume", "--num-workers", 1, count=count)
+    resumed = start(demo_data, folder, *STEPS, "--resume", "--num-workers", 1, count=count, network=SMALL)
     resumed.succeed()
-    assert_same_run(folder, undisturbed(count), 5)
-    assert losses(folder) == losses(undisturbed(count))
+    assert_same_run(folder, undisturbed(count, SMALL), 5)
+    assert losses(folder) == losses(undisturbed(count, SMALL))
     assert not list(folder.glob("*.tmp"))
 
 
@@ -103,7 +104,7 @@ def test_a_signal_to_one_process_stops_all_after_a_step(demo_data, tmp_path, und
 
 def test_a_signal_to_one_process_in_the_last_save_is_known_to_all(demo_data, tmp_path):
     folder = tmp_path / "run"
-    run = start(demo_data, folder, *STEPS, count=2)
+    run = start(demo_data, folder, *STEPS, count=2, network=SMALL)
     run.until(lambda: list(folder.glob("CS_scenes_5.tmp")))
     run.kill(signal.SIGTERM, ranks=[1])
     assert run.wait() == [143, 143]
@@ -173,7 +174,7 @@ def signalled(demo_data, tmp_path, monkeypatch, call):
 
         monkeypatch.setattr("utils.distributed.Process.max", agree)
         folders = ("--data-dir", demo_data, "--snapshot-dir", tmp_path)
-        return call("train.py", *folders, *SMALL, "--batch-size", 2, "--num-steps", 50)
+        return call("train.py", *folders, *THIN, "--batch-size", 2, "--num-steps", 50)
 
     return run
 
@@ -259,7 +260,7 @@ def test_a_disk_that_fills_up(demo_data, tmp_path, count):
     run = start(demo_data, folder, *SAVING, count=count)
     run.until(lambda: (folder / "CS_scenes_2.pth").exists())
     hard = resource.prlimit(run.processes[0].pid, resource.RLIMIT_FSIZE)[1]
-    resource.prlimit(run.processes[0].pid, resource.RLIMIT_FSIZE, (20_000_000, hard))
+    resource.prlimit(run.processes[0].pid, resource.RLIMIT_FSIZE, (1_000_000, hard))
     assert_all_ended(run, count, "cannot save the checkpoint (")
     assert newest_step(folder) >= 2
     assert not list(folder.glob("*.tmp"))
@@ -278,7 +279,7 @@ def test_processes_that_see_different_files(demo_data, tmp_path):
     """As two machines without a shared disk: one has a checkpoint, the other has none."""
     start(demo_data, tmp_path / "first" / "run", "--num-steps", 1).wait()
     shutil.copytree(tmp_path / "first" / "run", tmp_path / "run-0")
-    options = ("--data-dir", demo_data, *SMALL, "--batch-size", 2, "--num-steps", 2, "--resume")
+    options = ("--data-dir", demo_data, *THIN, "--batch-size", 2, "--num-steps", 2, "--resume")
     per_rank = tmp_path / "run-$RANK"
     run = Processes(tmp_path, "train.py", *options, "--snapshot-dir", per_rank, count=2)
     message = "the processes would start from different files: 4 images, "

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from libs import ABN
 from networks import HEADS, NetworkConfig, build_model
-from tests.scripts.conftest import SMALL, log_of, same_tensors
+from tests.scripts.conftest import THIN, log_of, same_tensors
 from tests.scripts.processes import Processes
 from training.options import RunOptions
 from utils.checkpoint import load_checkpoint
@@ -20,7 +20,7 @@ from utils.checkpoint import load_checkpoint
 
 def test_what_a_run_leaves(call, demo_data, tmp_path):
     result = call(
-        "train.py", "--data-dir", demo_data, "--snapshot-dir", tmp_path / "run", *SMALL,
+        "train.py", "--data-dir", demo_data, "--snapshot-dir", tmp_path / "run", *THIN,
         "--batch-size", 2, "--num-steps", 12, "--save-pred-every", 5, "--learning-rate", 0.02,
     )  # fmt: skip
     assert result.status == 0, result.error
@@ -46,10 +46,10 @@ def test_what_a_run_leaves(call, demo_data, tmp_path):
     checkpoint = load_checkpoint(folder / "CS_scenes_12.pth")
     assert checkpoint["step"] == 12
     assert checkpoint["recipe"]["input_size"] == (33, 41)
-    assert checkpoint["network"] == NetworkConfig(backbone="resnet18").to_dict()
+    assert checkpoint["network"] == NetworkConfig(backbone="thin").to_dict()
     assert checkpoint["data"]["dataset"] == "cityscapes"
     assert checkpoint["data"]["names"][:2] == ("road", "sidewalk")
-    assert checkpoint["model"].keys() == build_model(backbone="resnet18").state_dict().keys()
+    assert checkpoint["model"].keys() == build_model(backbone="thin").state_dict().keys()
     run = json.loads((folder / "run.json").read_text())
     assert f"train.py --data-dir {demo_data} --snapshot-dir " in run["command"]
     kept = json.loads(json.dumps(checkpoint["network"] | checkpoint["recipe"]))  # tuples become lists
@@ -72,7 +72,7 @@ def test_what_a_run_leaves(call, demo_data, tmp_path):
 
 
 def test_resuming_a_finished_run_and_changed_settings(call, demo_data, trained):
-    options = ("--data-dir", demo_data, "--snapshot-dir", trained.parent, *SMALL, "--resume")
+    options = ("--data-dir", demo_data, "--snapshot-dir", trained.parent, *THIN, "--resume")
     result = call("train.py", *options, "--batch-size", 2, "--num-steps", 2)
     assert result.status == 0
     assert "the run is complete: 2 steps are done, --num-steps is 2" in result.out
@@ -85,7 +85,7 @@ def resumed(call, demo_data, trained, folder, *more, **change):
     """Resume a copy of the trained checkpoint, with some of its contents changed, for one more step."""
     folder.mkdir()
     torch.save(load_checkpoint(trained) | change, folder / "CS_scenes_2.pth")
-    options = ("--data-dir", demo_data, "--snapshot-dir", folder, *SMALL, "--batch-size", 2)
+    options = ("--data-dir", demo_data, "--snapshot-dir", folder, *THIN, "--batch-size", 2)
     return call("train.py", *options, "--resume", "--num-steps", 3, *more)
 
 
@@ -101,7 +101,7 @@ def test_changed_settings_of_the_optimiser_hold(call, demo_data, trained, tmp_pa
 
 
 def test_going_on_from_frozen_normalisation(call, demo_data, tmp_path):
-    options = ("--data-dir", demo_data, "--snapshot-dir", tmp_path, *SMALL, "--batch-size", 2)
+    options = ("--data-dir", demo_data, "--snapshot-dir", tmp_path, *THIN, "--batch-size", 2)
     assert call("train.py", *options, "--num-steps", 1, "--freeze-bn").status == 0
     frozen, after = norms_of(tmp_path, 1), {}
     for more in ((), ("--freeze-bn", 0)):
@@ -124,7 +124,7 @@ def norms_of(folder, step):
 @pytest.mark.parametrize(
     ("flag", "asked", "has"),
     [
-        ("--backbone", "resnet50", "resnet18"),
+        ("--backbone", "resnet50", "thin"),
         ("--stem", "plain", "deep"),
         ("--model", "other", "ccnet"),
     ],
@@ -136,14 +136,14 @@ def test_a_flag_for_another_network_contradicts_the_checkpoint(
     folders = ("--data-dir", demo_data, "--snapshot-dir", tmp_path / "run")
     (tmp_path / "run").mkdir()
     shutil.copy(trained, tmp_path / "run")
-    result = call("train.py", *folders, *SMALL[2:], "--resume", "--num-steps", 3, flag, asked)
+    result = call("train.py", *folders, *THIN[2:], "--resume", "--num-steps", 3, flag, asked)
     assert result.status == 2
     path = tmp_path / "run" / "CS_scenes_2.pth"
     assert result.error == f"train.py: error: {flag} {asked} contradicts {path}, which has {has}\n"
 
 
 def test_another_number_of_classes_contradicts_the_checkpoint(call, list_data, tmp_path):
-    options = ("--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst", *SMALL)
+    options = ("--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst", *THIN)
     options += ("--snapshot-dir", tmp_path / "run", "--batch-size", 2)
     result = call("train.py", *options, "--num-classes", 3, "--num-steps", 1)
     assert result.status == 0, result.error
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_the_old_format(call, demo_data, trained, tmp_path):
         torch.save(in_the_old_format(checkpoint) if name == "old" else checkpoint, folder / "CS_scenes_2.pth")
         metrics = miou_of(call, demo_data, folder, tmp_path / f"{name} results")
         assert metrics["settings"]["input_size"] == [33, 41]
-        assert metrics["settings"]["backbone"] == "resnet18"
+        assert metrics["settings"]["backbone"] == "thin"
         counts.append(metrics["confusion_matrix"])
         # All else than where data and checkpoints are is the checkpoint's: backbone, crop, batch …
         plain = ("--data-dir", demo_data, "--snapshot-dir", folder, "--gpu", "cpu", "--num-workers", 0)
@@ -230,7 +230,7 @@ def test_other_data_is_another_run(call, demo_data, trained, tmp_path):
 
 def test_a_branch_does_not_mix_with_later_checkpoints(call, demo_data, trained, tmp_path):
     (tmp_path / "CS_scenes_9.pth").touch()
-    options = ("--data-dir", demo_data, "--snapshot-dir", tmp_path, *SMALL, "--resume", trained)
+    options = ("--data-dir", demo_data, "--snapshot-dir", tmp_path, *THIN, "--resume", trained)
     result = call("train.py", *options, "--batch-size", 2, "--num-steps", 3)
     assert result.status == 1
     assert "holds CS_scenes_9.pth, which is later than step 2" in result.error
@@ -238,21 +238,21 @@ def test_a_branch_does_not_mix_with_later_checkpoints(call, demo_data, trained, 
 
 
 def test_an_earlier_run_is_not_overwritten(call, demo_data, trained):
-    result = call("train.py", "--data-dir", demo_data, "--snapshot-dir", trained.parent, *SMALL)
+    result = call("train.py", "--data-dir", demo_data, "--snapshot-dir", trained.parent, *THIN)
     assert result.status == 1
     assert "holds CS_scenes_2.pth of an earlier run; continue it with --resume" in result.error
 
 
 def start_from(call, demo_data, folder, weights, *more):
     return call(
-        "train.py", "--data-dir", demo_data, "--snapshot-dir", folder, *SMALL, "--batch-size", 2,
+        "train.py", "--data-dir", demo_data, "--snapshot-dir", folder, *THIN, "--batch-size", 2,
         "--num-steps", 1, "--learning-rate", 1e-30, "--restore-from", weights, *more,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["backbone", "checkpoint", "module."])
 def test_starting_from_weights(call, demo_data, tmp_path, kind):
-    state = build_model(backbone="resnet18").state_dict()
+    state = build_model(backbone="thin").state_dict()
     if kind == "backbone":  # as MIT's ImageNet file: no heads, but a classifier
         state = {n: x for n, x in state.items() if not n.startswith(("head.", "dsn."))}
         state |= {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
@@ -268,7 +268,7 @@ def test_starting_from_weights(call, demo_data, tmp_path, kind):
 def test_the_normalisation_of_a_checkpoint_is_taken_over(call, demo_data, tmp_path):
     """Its weights mean something else with another; a flag still wins."""
     path = tmp_path / "rgb.pth"
-    config = NetworkConfig(backbone="resnet18", channel_order="RGB", std=(58.0, 57.0, 57.0))
+    config = NetworkConfig(backbone="thin", channel_order="RGB", std=(58.0, 57.0, 57.0))
     torch.save({"model": build_model(config).state_dict(), "network": config.to_dict()}, path)
     result = start_from(call, demo_data, tmp_path / "a", path)
     assert result.status == 0, result.error
@@ -290,11 +290,11 @@ def test_the_normalisation_of_a_checkpoint_is_taken_over(call, demo_data, tmp_pa
 
 
 def test_another_number_of_classes_needs_not_restore_last(call, demo_data, tmp_path):
-    state = build_model(backbone="resnet18", num_classes=11).state_dict()
+    state = build_model(backbone="thin", num_classes=11).state_dict()
     torch.save(state, tmp_path / "camvid.pth")
     result = start_from(call, demo_data, tmp_path / "run", tmp_path / "camvid.pth")
     assert result.status == 1
-    assert "4 of another shape: head.bottleneck.3.weight (11, 128, 1, 1) instead of (19" in result.error
+    assert "4 of another shape: head.bottleneck.3.weight (11, 16, 1, 1) instead of (19" in result.error
     assert result.error.endswith("; --not-restore-last leaves the classifiers out\n")
     result = start_from(call, demo_data, tmp_path / "run", tmp_path / "camvid.pth", "--not-restore-last")
     assert result.status == 0, result.error
@@ -303,7 +303,7 @@ def test_another_number_of_classes_needs_not_restore_last(call, demo_data, tmp_p
 
 @pytest.mark.parametrize("flag", ["--freeze-bn", "--ft"])
 def test_fine_tuning_keeps_the_normalisation(call, demo_data, tmp_path, flag):
-    model = build_model(backbone="resnet18")
+    model = build_model(backbone="thin")
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     weights, rate = tmp_path / "weights.pth", ("--learning-rate", 0.01)
     result = start_from(call, demo_data, tmp_path / "run", weights, flag, *rate)
@@ -318,7 +318,7 @@ def test_fine_tuning_keeps_the_normalisation(call, demo_data, tmp_path, flag):
 def test_own_data_with_a_list(call, list_data, tmp_path):
     result = call(
         "train.py", "--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst",
-        "--num-classes", 3, "--snapshot-dir", tmp_path / "run", *SMALL, "--batch-size", 2, "--num-steps", 1,
+        "--num-classes", 3, "--snapshot-dir", tmp_path / "run", *THIN, "--batch-size", 2, "--num-steps", 1,
         "--recurrence", 0,
     )  # fmt: skip
     assert result.status == 0, result.error
@@ -327,7 +327,7 @@ def test_own_data_with_a_list(call, list_data, tmp_path):
 
 def test_camvid(call, camvid, tmp_path):
     result = call(
-        "train.py", "--data-dir", camvid, "--snapshot-dir", tmp_path, *SMALL, "--batch-size", 2,
+        "train.py", "--data-dir", camvid, "--snapshot-dir", tmp_path, *THIN, "--batch-size", 2,
         "--num-steps", 2, "--ohem", "false", "--recurrence", 1,
     )  # fmt: skip
     assert result.status == 0, result.error
@@ -340,7 +340,7 @@ def test_accumulated_parts_are_the_batch_where_the_statistics_are(call, demo_dat
     for parts in (1, 2):
         folder = tmp_path / str(parts)
         result = call(
-            "train.py", "--data-dir", demo_data, "--snapshot-dir", folder, *SMALL, "--batch-size", 4,
+            "train.py", "--data-dir", demo_data, "--snapshot-dir", folder, *THIN, "--batch-size", 4,
             "--restore-from", trained, "--freeze-bn", "--random-scale", 0, "--accumulate", parts,
             "--num-steps", 3, "--save-pred-every", 1, "--learning-rate", 1e-3,
         )  # fmt: skip
@@ -371,7 +371,7 @@ def plain_again():
 )
 def test_ways_to_compute_resume_exactly(call, demo_data, tmp_path, plain_again, way):
     """A third step gives the same bits after a resumption, the scaler of fp16 included."""
-    options = (*way.split(), "--data-dir", demo_data, *SMALL, "--batch-size", 2, "--num-steps", 3)
+    options = (*way.split(), "--data-dir", demo_data, *THIN, "--batch-size", 2, "--num-steps", 3)
     result = call("train.py", *options, "--snapshot-dir", tmp_path / "a", "--save-pred-every", 2)
     assert result.status == 0, result.error
     (tmp_path / "b").mkdir()
@@ -392,7 +392,7 @@ def test_compiled(call, demo_data, tmp_path, monkeypatch):
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self: compile_module(self, backend="eager", fullgraph=True)
     )
-    options = ("--data-dir", demo_data, *SMALL, "--batch-size", 2, "--num-steps", 1, "--save-pred-every", 1)
+    options = ("--data-dir", demo_data, *THIN, "--batch-size", 2, "--num-steps", 1, "--save-pred-every", 1)
     assert call("train.py", *options, "--snapshot-dir", tmp_path / "a", "--compile").status == 0
     assert call("train.py", *options, "--snapshot-dir", tmp_path / "b").status == 0
     (compiled,), (eager,) = log_of(tmp_path / "a"), log_of(tmp_path / "b")
@@ -407,7 +407,7 @@ def validated(demo_data, tmp_path_factory):
     """The folder of a run of 6 steps in two processes, evaluated every 2, with two checkpoints kept."""
     folder = tmp_path_factory.mktemp("validated") / "run"
     run = Processes(
-        folder.parent, "train.py", "--data-dir", demo_data, "--snapshot-dir", folder, *SMALL,
+        folder.parent, "train.py", "--data-dir", demo_data, "--snapshot-dir", folder, *THIN,
         "--batch-size", 2, "--num-steps", 6, "--save-pred-every", 1, "--val-every", 2, "--keep-last", 2,
         "--learning-rate", 0.05, count=2,
     )  # fmt: skip
@@ -451,7 +451,7 @@ def test_the_best_checkpoint_is_kept_and_the_last_ones(call, demo_data, validate
 @pytest.mark.parametrize("last", [False, True])
 def test_a_validation_that_was_interrupted_is_made_up_for(call, demo_data, tmp_path, monkeypatch, last):
     """Killed between a checkpoint and the end of its evaluation, perhaps the run's last."""
-    options = ("--data-dir", demo_data, *SMALL, "--batch-size", 2, "--save-pred-every", 2, "--val-every", 2)
+    options = ("--data-dir", demo_data, *THIN, "--batch-size", 2, "--save-pred-every", 2, "--val-every", 2)
     options += ("--snapshot-dir", tmp_path, "--num-steps", 2 if last else 3)
 
     def killed(self, checkpoint):
@@ -469,7 +469,7 @@ def test_a_validation_that_was_interrupted_is_made_up_for(call, demo_data, tmp_p
 
 
 def test_validation_needs_labels_and_a_split(call, list_data, tmp_path):
-    options = ("--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst", *SMALL)
+    options = ("--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst", *THIN)
     options += ("--num-classes", 3, "--snapshot-dir", tmp_path / "run", "--batch-size", 2, "--num-steps", 1)
     result = call("train.py", *options, "--val-every", 1)
     assert result.status == 1
