@@ -1,5 +1,7 @@
 """Compilers for CUDA kernels on a machine without a GPU, and the emulator that runs kernels there."""
 
+import ctypes
+import fcntl
 import functools
 import importlib.util
 import os
@@ -52,6 +54,19 @@ def compile_emulated(source: Path, kernels: Path, target: Path, *flags: str) -> 
     return target
 
 
+def load_emulated(source: Path, kernels: Path, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernels as a library; pytest's workers share what the first that asks has compiled."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    library = folder / f"{source.stem}.so"
+    with library.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            compile_emulated(source, kernels, library, "-O1", "-fPIC", "-shared")
+    return ctypes.CDLL(str(library))
+
+
 def check_sanitized(program: Path, arguments: str) -> None:
     """Run a program that was compiled with sanitizers, which find nothing."""
     command = [str(program), *arguments.split()]
@@ -70,9 +85,13 @@ def nvrtc() -> str:
     return tool(found and str(found), "NVRTC of the wheel nvidia-cuda-nvrtc-cu12==12.4.127")
 
 
-def compile_with_nvrtc(text: str, kernels: Path, architecture: str, *flags: str) -> bytes:
-    """The binary for one architecture, of nothing but the text and the headers of a folder."""
-    options = ["-std=c++17", *flags, f"-I{kernels}", f"-arch={architecture}"]
+def compile_with_nvrtc(text: str, kernels: Path, architecture: str) -> bytes:
+    """The binary for one architecture, of nothing but the text and the headers of a folder.
+
+    -G: without optimization, which takes a fraction of the time. What the language and the architecture lack
+    is reported all the same.
+    """
+    options = ["-std=c++17", "-G", f"-I{kernels}", f"-arch={architecture}"]
     command = [sys.executable, "-c", NVRTC, nvrtc(), *options]
     done = subprocess.run(command, input=text.encode(), capture_output=True)
     assert done.returncode == 0 and not done.stderr, done.stderr.decode()
@@ -95,12 +114,12 @@ def run_nvcc(*arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def compile_launcher(source: Path, target: Path, *flags: str) -> None:
+def compile_launcher(source: Path, target: Path) -> None:
     """A launcher with its kernels, for nvcc's lowest architecture, against PyTorch's stable ABI of 2.11."""
     include = Path(torch.__file__).parent / "include"
     lowest = nvcc_architectures()[1][0]
     run_nvcc(
-        *(*flags, "-c", str(source), "-o", str(target), "-Xcompiler", "-fPIC"),
+        *("-G", "-c", str(source), "-o", str(target), "-Xcompiler", "-fPIC"),
         *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
         *(f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"),
         f"-gencode=arch=compute_{lowest},code=sm_{lowest}",

@@ -100,7 +100,7 @@ def run_rank(rank, folder):
 def test_two_processes_equal_one_with_the_joined_batch(tmp_path):
     x, grad = torch.randn(2, 3, 5, 4, 6, dtype=torch.float64)
     torch.save({"x": x, "grad": grad}, tmp_path / "batch.pt")
-    torch.multiprocessing.spawn(run_rank, (tmp_path,), nprocs=2)
+    torch.multiprocessing.start_processes(run_rank, (tmp_path,), 2, start_method="forkserver")
 
     layer, joined = make(ABN), x.clone().requires_grad_()
     out = layer(joined)

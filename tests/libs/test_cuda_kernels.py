@@ -12,7 +12,13 @@ import torch
 
 from libs import ops
 from libs.functions import activate
-from tests.cuda_compilers import check_sanitized, compile_emulated, compile_launcher, compile_with_nvrtc
+from tests.cuda_compilers import (
+    check_sanitized,
+    compile_emulated,
+    compile_launcher,
+    compile_with_nvrtc,
+    load_emulated,
+)
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "libs" / "csrc" / "cuda"
@@ -32,10 +38,7 @@ SMALL = [
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cuda")
-    flags = ("-O1", "-fPIC", "-shared")
-    library = compile_emulated(HERE / "abn_emulated.cpp", KERNELS, folder / "abn.so", *flags)
-    return ctypes.CDLL(str(library))
+    return load_emulated(HERE / "abn_emulated.cpp", KERNELS, tmp_path_factory)
 
 
 def call(emulated, case, name, activation, x, given, results):
@@ -372,4 +375,4 @@ def test_nvrtc_reports_what_an_old_architecture_lacks():
 
 def test_nvcc_compiles_the_operators_for_its_lowest_architecture(tmp_path):
     """The launcher, too, against PyTorch's stable ABI of 2.11."""
-    compile_launcher(KERNELS / "abn.cu", tmp_path / "abn.o", "-Xptxas", "-O0")
+    compile_launcher(KERNELS / "abn.cu", tmp_path / "abn.o")

@@ -109,7 +109,7 @@ def check_against_joined(results, activation, parts, call=None):
 def test_processes(tmp_path, world):
     parts = [tuple(torch.randn(2, size, CHANNELS, 3, 5, dtype=torch.float64)) for size in PARTS[world]]
     torch.save(parts, tmp_path / "parts.pt")
-    torch.multiprocessing.spawn(run_rank, (tmp_path, world), nprocs=world)
+    torch.multiprocessing.start_processes(run_rank, (tmp_path, world), world, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
 
     for activation in ACTIVATIONS:
