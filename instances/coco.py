@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -290,11 +291,23 @@ def to_tensor(image: np.ndarray) -> Tensor:
 
 
 def read_by_workers(loader: Iterable[Item]) -> Iterator[Item]:
-    """What a DataLoader yields; a worker's CocoError comes without PyTorch's traceback around it."""
+    """What a DataLoader yields; a worker's CocoError comes without PyTorch's traceback around it.
+
+    Raises:
+        CocoError: also where a worker died.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
     try:
-        yield from loader
+        items = iter(loader)
+        signal.signal(signal.SIGCHLD, handler)  # PyTorch's would raise it in the midst of a step
+        yield from items
     except CocoError as error:
         raise CocoError(str(error).strip().splitlines()[-1].split("CocoError: ")[-1]) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise CocoError(f"a worker process that reads the data died ({reason})") from None
 
 
 @dataclass

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from instances.coco import Target
-from instances.errors import run_script
 from instances.model import ATTENTION_PREFIX, BACKBONES, MaskRCNNConfig, build_model
+from utils.arguments import run_script
 
 VARIANTS = {"R=0": ("none", 0), "R=2": ("criss_cross", 2), "non-local": ("nonlocal", 1)}
 
@@ -140,4 +140,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_script("instances.costs", lambda: main(parse_args()))
+    run_script(lambda: main(parse_args()), "instances.costs")

@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from instances.errors import run_script
+from utils.arguments import run_script
 
 CATEGORIES = {1: "disc", 2: "square", 4: "triangle"}  # ids with a gap, as COCO's
 CORNERS = {1: 24, 2: 4, 4: 3}
@@ -98,4 +98,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script("instances.demo", main)
+    run_script(main, "instances.demo")

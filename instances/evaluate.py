@@ -23,11 +23,12 @@ from instances.coco import (
     read_image,
     read_split,
 )
-from instances.errors import InstancesError, UsageError, require, run_script
+from instances.errors import InstancesError, UsageError, require
 from instances.model import load_model
 from instances.options import HelpFormatter
 from instances.pictures import draw_instances
 from instances.train import checkpoints
+from utils.arguments import run_script
 from utils.distributed import Process, choose_devices, process_group
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCOeval.stats
@@ -233,4 +234,4 @@ def evaluate(args: argparse.Namespace, path: Path, process: Process) -> None:
 
 
 if __name__ == "__main__":
-    run_script("instances.evaluate", lambda: main(parse_args()))
+    run_script(lambda: main(parse_args()), "instances.evaluate")

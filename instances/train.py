@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 import cc_attention
 from instances.coco import CocoSplit, StepBatches, TrainDataset, read_by_workers, read_split
-from instances.errors import InstancesError, UsageError, require, run_script
+from instances.errors import InstancesError, UsageError, require
 from instances.model import build_model, norm_eps_of, start_from
 from instances.options import PRECISIONS, config_of, parse_args
+from utils.arguments import run_script
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.distributed import Process, choose_devices, process_group
 
@@ -336,4 +337,4 @@ def print_summary(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    run_script("instances.train", lambda: main(parse_args()))
+    run_script(lambda: main(parse_args()), "instances.train")

@@ -199,13 +199,13 @@ def size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script; a user's mistake ends it with one line.
+def run_script(main: Callable[[], None], program: str | None = None) -> None:
+    """Run a script; a user's mistake ends it with one line, which begins with the program's name.
 
     An exception with an ``exit_status`` is such a mistake: 2 for the command line, 1 for data. An OSError or
     a MemoryError is one too. Of several processes each prints its own, unless another one did already.
     """
-    program, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
+    program, rank = program or Path(sys.argv[0]).name, os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"process {rank}: "
     status = 0
     if signal.getsignal(signal.SIGINT) is startup.interrupted:

@@ -3,10 +3,13 @@
 import itertools
 import json
 import math
+import os
+import signal
 
 import cv2
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from instances.coco import (
     CocoError,
@@ -14,6 +17,7 @@ from instances.coco import (
     StepBatches,
     TrainDataset,
     clip_box,
+    read_by_workers,
     read_image,
     read_split,
 )
@@ -243,3 +247,27 @@ def test_run_lengths_are_read_as_polygons_are():
     np.testing.assert_array_equal(decode_mask({"segmentation": polygon}, 5, 7), mask)
     with pytest.raises(CocoError, match="annotation 9: its run lengths cannot be decoded"):
         decode_mask({"id": 9, "segmentation": {"counts": "abc", "size": [5, 7]}}, 5, 7)
+
+
+class Dies(Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_is_told():
+    loader = DataLoader(Dies(), batch_size=None, num_workers=1)
+    with pytest.raises(CocoError, match=r"^a worker process that reads the data died \("):
+        list(read_by_workers(loader))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("no number")])
+def test_other_errors_of_a_loader_are_not_hidden(error):
+    def loader():
+        yield 1
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        list(read_by_workers(loader()))
