@@ -304,7 +304,7 @@ def read_by_workers(loader: Iterable[Item]) -> Iterator[Item]:
     except CocoError as error:
         raise CocoError(str(error).strip().splitlines()[-1].split("CocoError: ")[-1]) from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):
             raise
         reason = str(error).splitlines()[0]
         raise CocoError(f"a worker process that reads the data died ({reason})") from None
