@@ -35,18 +35,17 @@ from dataset import (
     list_samples,
     load_samples,
 )
+from evaluation.checkpoint import TrainedOn, labels_of, trained_on
 from evaluation.inference import Predict, multi_scale, short_sides, sliding, whole, with_autocast
 from evaluation.metrics import ConfusionMatrix
 from evaluation.options import EvaluationOptions
 from evaluation.pictures import Save, prediction_writer
-from evaluation.predictor import labels_of
 from evaluation.report import ImageReports, check_comparable, protocol_differences, read_metrics, report_page
 from evaluation.scores import count_predictions
 from evaluation.submission import Submission
 from networks import fold_norms, restore_model
 from training.provenance import versions
-from training.recipes import CITYSCAPES, find_recipe
-from training.resumption import saved_recipe
+from training.recipes import find_recipe
 from training.snapshots import find_checkpoint
 from utils.arguments import OutputError, UsageError, parse_options, run_script
 from utils.checkpoint import CheckpointError, load_checkpoint
@@ -108,7 +107,7 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
         find_recipe(options.recipe)  # for what its module registers
     path = find_checkpoint(options.restore_from)
     checkpoint = load_checkpoint(path)
-    trained = trained_with(checkpoint, path)
+    trained = trained_on(checkpoint, path)
     spec, pairs = find_samples(options, trained)
     other = None
     if options.compare is not None:  # before the output folder is prepared, which may be the same
@@ -127,9 +126,9 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
     # Normalisation costs nothing once it is part of the convolutions.
     network = fold_norms(model).to(process.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    tile_size = options.input_size or trained["input_size"]
-    fit = None if options.short_sides else options.fit or trained["fit"]
-    clip = options.clip or trained["clip"]
+    tile_size = options.input_size or trained.crop
+    fit = None if options.short_sides else options.fit or trained.fit
+    clip = options.clip or trained.clip
     samples: Sequence[Pair | Clip] = pairs
     if clip > 1:
         samples, strides = evaluation_clips(spec, pairs, clip)
@@ -153,7 +152,7 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
             **{name: getattr(config, name) for name in ("model", "backbone", "recurrence")},
             "input_size": tile_size,
             "fit": fit,
-            "step": trained["step"],
+            "step": trained.step,
             "clip": clip,
         },
         spec=spec,
@@ -170,17 +169,17 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
     )
 
 
-def find_samples(options: EvaluationOptions, trained: dict[str, Any]) -> tuple[DatasetSpec, list[Pair]]:
+def find_samples(options: EvaluationOptions, trained: TrainedOn) -> tuple[DatasetSpec, list[Pair]]:
     """The data set and the samples of a command line.
 
     Raises:
         DataError: samples without labels, where these are needed.
         UsageError: a submission of another data set than Cityscapes.
     """
-    ignore_label = trained["ignore_label"] if options.ignore_label is None else options.ignore_label
+    ignore_label = trained.ignore_label if options.ignore_label is None else options.ignore_label
     num_classes = options.num_classes
     if num_classes is None and options.dataset == "list":
-        num_classes = trained["num_classes"]
+        num_classes = trained.num_classes
     spec = find_dataset(options.data_dir, options.dataset, num_classes, ignore_label)
     pairs = list_samples(spec, options.data_dir, options.split, options.data_list)
     unlabelled = next((pair.image for pair in pairs if pair.label is None), None)
@@ -232,22 +231,6 @@ def in_turn(savers: Sequence[Save]) -> Save:
             each(sample, prediction)
 
     return save
-
-
-def trained_with(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What evaluation takes from a checkpoint's run; a plain state dict is taken for the published one's."""
-    recipe, images = CITYSCAPES, None
-    if checkpoint.keys() & {"recipe", "settings"}:
-        recipe, images = saved_recipe(path, checkpoint, "cannot be evaluated")
-    step = checkpoint.get("step")
-    return {
-        "input_size": recipe.input_size,
-        "fit": recipe.fit,
-        "ignore_label": recipe.ignore_label,
-        "clip": recipe.clip,
-        "num_classes": recipe.network.num_classes if images is not None else None,
-        "step": step if isinstance(step, int) else None,
-    }
 
 
 def report(evaluation: Evaluation, options: EvaluationOptions, seconds: float) -> None:

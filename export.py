@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from dataset import DATASETS, LabelTable, Normalization
 from dataset.demo import draw_scene
+from evaluation.checkpoint import labels_of, trained_on
 from evaluation.options import CheckpointOptions
-from evaluation.predictor import labels_of, trained_on
 from networks import HEADS, NetworkConfig, Segmenter, fold_norms, load_model, mmsegmentation, restore_model
 from networks.config import REFERENCE, difference
 from networks.portable import Full, Logits, with_formula

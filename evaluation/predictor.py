@@ -3,24 +3,23 @@
 import math
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dataset import DATASETS, LabelTable, Normalization, generic_table
+from dataset import LabelTable, Normalization, generic_table
 from evaluation.bands import Mean, Mirrored, Resized, Rows, Stored, Tiled, class_ids
+from evaluation.checkpoint import CITYSCAPES, TrainedOn, labels_of, trained_on
 from evaluation.inference import resize, scaled_sizes, tile_starts, with_autocast
 from evaluation.options import AMP
-from networks import Segmenter, fold_norms, mmsegmentation, restore_model
-from utils.checkpoint import CheckpointError, load_checkpoint
+from networks import Segmenter, fold_norms, restore_model
+from utils.checkpoint import load_checkpoint
 
-CITYSCAPES = DATASETS["cityscapes"].labels
-PUBLISHED_TILE = (769, 769)  # of a checkpoint that does not say what it was trained on
 WHOLE_PIXELS = 2**22  # larger pictures go through the network in tiles, see ``Predictor``
 BYTES_PER_PIXEL = 800  # of the network's largest activations in fp32, stated generously
 
@@ -89,7 +88,7 @@ class Predictor:
         self.batch_size = batch_size
         self._goes_whole: dict[int, bool] = {}
         if isinstance(source, nn.Module):
-            model, trained = cast(Segmenter, source), TrainedOn(PUBLISHED_TILE, 1, None)
+            model, trained = cast(Segmenter, source), TrainedOn()
             classes = model.head.classifier.out_channels
             self.labels = labels or (CITYSCAPES if classes == 19 else generic_table(classes))
             self._takes_clips = True  # it is not known what it was trained on
@@ -231,64 +230,6 @@ class Predictor:
         return out
 
 
-def labels_of(
-    contents: Mapping[str, Any], path: Path, classes: int, num_classes: int | None = None
-) -> LabelTable:
-    """The classes that a checkpoint names.
-
-    Checkpoints of train.py and mmsegmentation hold names and colours; older ones of ours name their data set;
-    a plain state dict of 19 classes is taken for Cityscapes.
-
-    Args:
-        classes: the network's.
-        num_classes: given for a checkpoint without names, which then get numbers.
-
-    Raises:
-        CheckpointError: no names, or a table that does not fit the network.
-    """
-    try:
-        table = _table_in(contents, classes)
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: its table of classes is damaged ({error})") from None
-    if table is None and num_classes is None and classes == CITYSCAPES.num_classes:
-        table = CITYSCAPES
-    found = classes if table is None else table.num_classes
-    if num_classes not in (None, classes):
-        raise CheckpointError(f"{path}: has {classes} classes, not the {num_classes} of --num-classes")
-    if table is None and num_classes is None:
-        raise CheckpointError(
-            f"{path}: holds no class names; --num-classes {classes} (num_classes={classes}) uses numbers"
-        )
-    if found != classes:
-        raise CheckpointError(f"{path}: names {found} classes, but its network has {classes}")
-    return table or generic_table(classes)
-
-
-class TrainedOn(NamedTuple):
-    """What a network saw in training."""
-
-    crop: tuple[int, int]  # (height, width), the tile of the sliding window
-    clip: int  # frames
-    fit: tuple[int, int] | None  # the size that images were fitted into
-
-
-def trained_on(contents: Mapping[str, Any], path: Path) -> TrainedOn:
-    """What a checkpoint's recipe or settings say; of one without, the published crop.
-
-    Raises:
-        CheckpointError: its settings are damaged.
-    """
-    recipe = contents.get("recipe", contents.get("settings", {}))
-    try:
-        height, width = recipe.get("input_size", PUBLISHED_TILE)
-        size, clip = (int(height), int(width)), int(recipe.get("clip", 1))
-        if min(*size, clip) < 1:
-            raise ValueError(f"input_size {size}, clip {clip}")
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its settings are damaged ({error})") from None
-    return TrainedOn(size, clip, size if recipe.get("random_affine") else None)
-
-
 def available_memory(device: torch.device) -> int:
     """Bytes that can still be allocated: of a GPU, or of this machine and the control group (container)."""
     if device.type == "cuda":
@@ -307,24 +248,6 @@ def available_memory(device: torch.device) -> int:
     if not bounds and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         bounds.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     return max(min(bounds, default=2**32), 0)
-
-
-def _table_in(contents: Mapping[str, Any], classes: int) -> LabelTable | None:
-    """The table of a checkpoint of ours, old or new, or of mmsegmentation; None: there is none."""
-    data, settings = contents.get("data"), contents.get("settings")
-    if not (isinstance(data, Mapping) and "names" in data):
-        if named := mmsegmentation.class_names(contents):
-            data = {"names": named[0], "palette": named[1] or generic_table(len(named[0])).palette}
-        elif isinstance(settings, Mapping) and settings.get("dataset") in DATASETS:
-            return DATASETS[settings["dataset"]].labels
-        else:
-            is_list = isinstance(settings, Mapping) and settings.get("dataset") == "list"
-            return generic_table(classes) if is_list else None
-    names = tuple(str(name) for name in data["names"])
-    palette = tuple((int(red), int(green), int(blue)) for red, green, blue in data["palette"])
-    pairs = tuple((int(left), int(right)) for left, right in data.get("mirror_pairs", ()))
-    ids = tuple(int(value) for value in data.get("ids", range(len(names))))
-    return LabelTable(names, ids, palette, mirror_pairs=pairs)
 
 
 def _are_positive(values: Any, kind: Any) -> bool:

@@ -23,6 +23,7 @@ ALSO_ALLOWED = {
     "libs/__main__.py": {"cc_attention.doctor"},
     "networks/config.py": {"utils.fields"},
     "networks/pretrained.py": {"utils.checkpoint", "utils.fields"},
+    "evaluation/checkpoint.py": {"networks.mmsegmentation"},
     "evaluation/predictor.py": {"networks"},
     "evaluation/attention_page.py": {"cc_attention"},
 }

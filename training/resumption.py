@@ -83,13 +83,8 @@ def find_resumed(resume: str | None, directory: Path) -> Resumed | None:
     return Resumed(path, checkpoint, *saved_recipe(path, checkpoint))
 
 
-def saved_recipe(
-    path: Path, checkpoint: Mapping[str, Any], what_fails: str = "cannot be resumed"
-) -> tuple[Recipe, str]:
+def saved_recipe(path: Path, checkpoint: Mapping[str, Any]) -> tuple[Recipe, str]:
     """The recipe that a checkpoint was trained with, and the fingerprint of its images.
-
-    Args:
-        what_fails: what the message says of a checkpoint without a usable recipe.
 
     Raises:
         CheckpointError: it has none, or fields that are unknown, of another type or out of bounds.
@@ -100,15 +95,14 @@ def saved_recipe(
         network = NetworkConfig.from_dict(checkpoint["network"])
         return recipe_from_dict(checkpoint["recipe"], network), str(checkpoint["data"]["images"])
     except KeyError as error:
-        raise CheckpointError(f"{path}: {what_fails}, it lacks {error.args[0]}") from None
+        reason = f"it lacks {error.args[0]}"
     except UnknownChoiceError as error:
-        hint = "--recipe module:NAME makes a file of yours known"
-        raise CheckpointError(f"{path}: {what_fails}, its settings are not known ({error}; {hint})") from None
+        reason = f"its settings are not known ({error}; --recipe module:NAME makes a file of yours known)"
     except ValueError as error:
-        raise CheckpointError(f"{path}: {what_fails}, its contents are damaged ({error})") from None
+        reason = f"its contents are damaged ({error})"
     except (TypeError, AttributeError):
-        reason = "its settings are not named values"
-        raise CheckpointError(f"{path}: {what_fails}, its contents are damaged ({reason})") from None
+        reason = "its contents are damaged (its settings are not named values)"
+    raise CheckpointError(f"{path}: cannot be resumed, {reason}")
 
 
 def from_settings(settings: Mapping[str, Any]) -> tuple[Recipe, str]:

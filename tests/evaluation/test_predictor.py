@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from dataset import DATASETS, LabelTable, generic_table
 from evaluation import Predictor, bands
+from evaluation.checkpoint import CITYSCAPES, labels_of
 from evaluation.inference import multi_scale, sliding, whole
-from evaluation.predictor import CITYSCAPES, PredictionError, available_memory, labels_of
+from evaluation.predictor import PredictionError, available_memory
 from networks import build_model
 from utils.checkpoint import CheckpointError
 

@@ -89,6 +89,16 @@ def test_protocols(call, demo_data, trained, tmp_path, options):
     assert metrics_of(tmp_path)["settings"]["input_size"] == [33, 41]  # the training crop
 
 
+def test_the_loss_of_a_checkpoint_need_not_be_known(call, demo_data, trained, tmp_path):
+    contents = load_checkpoint(trained)
+    contents["recipe"]["criterion"] = "my_loss"
+    torch.save(contents, tmp_path / "x.pth")
+    options = ("--restore-from", tmp_path / "x.pth", "--output-dir", tmp_path, *QUIET)
+    result = call("evaluate.py", "--data-dir", demo_data, *options)
+    assert result.status == 0, result.error
+    assert metrics_of(tmp_path)["settings"]["step"] == 2
+
+
 def test_a_plain_state_dict_with_another_r(call, demo_data, tmp_path):
     torch.save(build_model(backbone="thin").state_dict(), tmp_path / "plain.pth")
     result = call(
