@@ -68,7 +68,7 @@ def main() -> None:
                 stack.callback(submission.remove_parts)
             with process.all_or_none():
                 bar = tqdm(
-                    evaluation.loaded, total=evaluation.share, unit="image", disable=not process.is_main
+                    evaluation.loaded, total=evaluation.num_images, unit="image", disable=not process.is_main
                 )
                 count_predictions(evaluation.predict, bar, evaluation.matrix, process, evaluation.save)
                 if submission is not None:
@@ -90,7 +90,7 @@ class Evaluation:
     settings: dict[str, Any]  # for metrics.json
     spec: DatasetSpec
     pairs: list[Pair]
-    share: int  # images of this process
+    num_images: int  # images of this process
     loaded: Iterator[Sample]
     predict: Predict
     matrix: ConfusionMatrix
@@ -157,7 +157,7 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
         },
         spec=spec,
         pairs=pairs,
-        share=len(share),
+        num_images=len(share),
         loaded=load_samples(share, options.num_workers, pin_memory=process.device.type == "cuda"),
         predict=predict_as(options, network, tile_size, fit, spec.labels.mirror_pairs, process.device),
         matrix=ConfusionMatrix(spec.labels.num_classes, spec.ignore_label, process.device),

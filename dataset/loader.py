@@ -225,7 +225,7 @@ def load_samples(
     dataset: EvaluationDataset, num_workers: int = 0, pin_memory: bool = False
 ) -> Iterator[Sample]:
     """The samples one by one, in order; arguments and errors as in ``load_batches``."""
-    return _load(dataset, num_workers, pin_memory, collate=_share)
+    return _load(dataset, num_workers, pin_memory, collate=_to_shared_memory)
 
 
 # What PyTorch says when workers fail → what to do, in the order in which it is looked for.
@@ -283,7 +283,7 @@ def _load(
         raise DataError(remedy if remedy != DIED else f"{DIED} ({message.splitlines()[0]})") from None
 
 
-def _share(sample: Sample) -> Sample:
+def _to_shared_memory(sample: Sample) -> Sample:
     """Moves a sample that a worker has read to shared memory.
 
     PyTorch would do so in a thread, whose errors reach nobody: the run would wait for ever.

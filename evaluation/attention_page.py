@@ -194,7 +194,7 @@ class StoredRound:
 
 
 @dataclass(frozen=True)
-class Stored:
+class QuantisedRounds:
     """The quantised rounds, and what quantisation costs."""
 
     rounds: list[StoredRound]
@@ -204,7 +204,7 @@ class Stored:
     mean_error: float  # total variation: half the sum of a position's errors, on average
 
 
-def _quantise(rounds: list[Round], room: int) -> Stored:
+def _quantise(rounds: list[Round], room: int) -> QuantisedRounds:
     """The finest quantisation of which no more than ``room`` bytes are left after deflation."""
     balanced = [_balance(one) for one in rounds]
     largest = max(float(x.abs().max()) for one in balanced for x in (one.query, one.key))
@@ -221,7 +221,7 @@ def _quantise(rounds: list[Round], room: int) -> Stored:
         difference = part.restored(step).weights().sub_(weights).abs_()
         largest_error = max(largest_error, float((difference.amax(-1) / weights.amax(-1)).max()))
         mean_error = max(mean_error, float(difference.sum(-1).mean() / 2))
-    return Stored(candidate, step, packed, largest_error, mean_error)
+    return QuantisedRounds(candidate, step, packed, largest_error, mean_error)
 
 
 def _balance(one: Round) -> Round:

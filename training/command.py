@@ -8,7 +8,7 @@ from typing import Any
 
 from networks.config import NOT_IN_SHAPES, NetworkConfig
 from training.options import RunOptions
-from training.recipes import RECIPES, Recipe, changes, find_recipe
+from training.recipes import RECIPES, Recipe, describe_changes, find_recipe
 from training.resumption import Resumed
 from utils.arguments import Parser, UsageError, add_flags, flag_of, format_value, take_flags
 from utils.fields import setting
@@ -71,7 +71,7 @@ class Command:
         Args:
             network: as of ``settle``.
         """
-        taken = changes(self.recipe, self.settle(None, network))
+        taken = describe_changes(self.recipe, self.settle(None, network))
         lines = [f"starting from {start}" + ", whose network is taken over" * bool(taken)]
         if taken:
             lines.append(f"settings taken over: {', '.join(taken)}")

@@ -232,7 +232,7 @@ def recipe_from_dict(values: Mapping[str, Any], network: NetworkConfig) -> Recip
     return from_dict(Recipe, {**values, "network": network})
 
 
-def changes(before: Recipe, now: Recipe) -> list[str]:
+def describe_changes(before: Recipe, now: Recipe) -> list[str]:
     """The fields in which two recipes differ, as "name before → now"."""
     pairs = [
         (left.items(), right)

@@ -7,7 +7,7 @@ from typing import Any
 
 from dataset import DatasetSpec
 from networks.config import FLAT_SETTINGS, NetworkConfig
-from training.recipes import Recipe, changes, recipe_from_dict, recipe_to_dict
+from training.recipes import Recipe, describe_changes, recipe_from_dict, recipe_to_dict
 from training.snapshots import find_checkpoint, newest_or_best
 from training.step import TrainStep, complete_momentum
 from utils.arguments import UsageError, flag_of
@@ -154,7 +154,7 @@ def restore(resumed: Resumed, train_step: TrainStep, recipe: Recipe, images: str
 def resumption_lines(resumed: Resumed, recipe: Recipe, world_size: int) -> list[str]:
     """What a run that was restored says of its checkpoint, and what is not as it was there."""
     lines = [f"resuming {resumed.path} at step {resumed.checkpoint['step']}"]
-    changed = changes(resumed.recipe, recipe)
+    changed = describe_changes(resumed.recipe, recipe)
     if changed:
         lines.append(f"not the same run any more, since these settings changed: {', '.join(changed)}")
     processes = len(resumed.checkpoint["random_states"])

@@ -27,6 +27,14 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def scores_of(call, data, checkpoint, output):
+    """What evaluate.py writes of a checkpoint."""
+    options = ("--restore-from", checkpoint, "--output-dir", output, "--gpu", "cpu")
+    result = call("evaluate.py", "--data-dir", data, *options)
+    assert result.status == 0, result.error
+    return json.loads((output / "metrics.json").read_text())
+
+
 def same_tensors(left, right):
     """Whether two state dicts have the same bits."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

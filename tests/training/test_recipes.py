@@ -10,7 +10,7 @@ from networks.config import NetworkConfig
 from training.recipes import (
     RECIPES,
     Recipe,
-    changes,
+    describe_changes,
     find_recipe,
     format_recipe,
     recipe_from_dict,
@@ -46,7 +46,7 @@ def test_a_recipe_comes_back_from_plain_values(name):
     values = recipe_to_dict(recipe)
     assert "network" not in values
     assert recipe_from_dict(values, NetworkConfig.from_dict(recipe.network.to_dict())) == recipe
-    assert changes(recipe, recipe) == []
+    assert describe_changes(recipe, recipe) == []
 
 
 def test_a_recipe_is_printed_as_flags():
@@ -59,7 +59,7 @@ def test_a_recipe_is_printed_as_flags():
 def test_changes_are_told_with_both_values():
     before = Recipe()
     now = before.with_changes({"recurrence": 3}, {"batch_size": 4, "amp": "bf16"})
-    assert changes(before, now) == ["recurrence 2 → 3", "batch_size 8 → 4", "amp off → bf16"]
+    assert describe_changes(before, now) == ["recurrence 2 → 3", "batch_size 8 → 4", "amp off → bf16"]
     assert before == Recipe()
 
 
@@ -115,7 +115,8 @@ def test_the_augmentation_of_each_recipe():
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"), [("ade20k", {}), ("cityscapes", {"random_scale": False, "short_sides": (300, 600)})]
+    ("name", "changes"),
+    [("ade20k", {}), ("cityscapes", {"random_scale": False, "short_sides": (300, 600)})],
 )
 def test_short_sides_scale_without_random_scale(name, changes):
     """The slope of an image that grows by 1 a pixel is the inverse of the factor it was scaled by."""
