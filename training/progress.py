@@ -59,13 +59,15 @@ class Progress:
     def scalars(self, step: int, values: dict[str, Any], group: str = "train") -> None:
         """One line of ``log.jsonl`` and one point of each TensorBoard curve ``<group>/<name>``.
 
-        A value may be a dict of values; a None is in the file only.
+        A value may be a dict of values; a None is in the file only, where NaN and infinity are None too.
 
         Raises:
             LogError: the disk is full, the folder was removed …
         """
         with self._writing():
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            finite = {name: None if _is_not_finite(value) else value for name, value in values.items()}
+            line = {"step": step} | finite | {"step": step}  # even if a user's loss has that name too
+            self._file.write(json.dumps(line) + "\n")
             self._file.flush()
             for name, value in values.items():
                 several = value.items() if isinstance(value, dict) else [(None, value)]
@@ -160,6 +162,10 @@ class LossWindow:
         self._losses, self._seconds = [], 0.0
         means = dict(zip(names, table.mean(0).tolist(), strict=True))
         return means | {"images_per_second": count * self.batch_size / seconds}
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def was_logged(directory: Path, step: int, name: str) -> bool:

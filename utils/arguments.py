@@ -177,8 +177,8 @@ def number(
             value = float("nan")
         inside = least < value <= most if exclusive else least <= value <= most
         if not inside or value in (float("inf"), -float("inf")):
-            bounds = f" {'above' if exclusive else 'at least'} {least:g}" if least > -float("inf") else ""
-            bounds += "" if most == float("inf") else f"{' and' * bool(bounds)} at most {most:g}"
+            bounds = f" {'above' if exclusive else 'at least'} {least}" if least > -float("inf") else ""
+            bounds += "" if most == float("inf") else f"{' and' * bool(bounds)} at most {most}"
             word = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"expected {word}{bounds}, got {text!r}")
         return value

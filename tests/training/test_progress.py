@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import shutil
 import time
 
@@ -38,6 +39,15 @@ def test_several_numbers_of_one_name(tmp_path):
     assert not was_logged(tmp_path, 5, "loss")
     assert not was_logged(tmp_path, 4, "mIoU")
     assert not was_logged(tmp_path / "none", 5, "mIoU")
+
+
+def test_names_and_values_of_a_loss_of_ones_own(tmp_path):
+    with Progress(tmp_path, 0, 9) as logger:
+        logger.scalars(5, {"step": 0.5, "margin": math.nan, "loss": 1.0})
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert line == '{"step": 5, "margin": null, "loss": 1.0}'  # of standard JSON, and a run can go on from it
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Scalars("train/step")[0].value == 0.5
 
 
 @pytest.mark.parametrize("first_step", [0, 10])
