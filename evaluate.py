@@ -36,7 +36,7 @@ from dataset import (
     load_samples,
 )
 from evaluation.checkpoint import TrainedOn, labels_of, trained_on
-from evaluation.inference import Predict, multi_scale, short_sides, sliding, whole, with_autocast
+from evaluation.inference import Fit, Predict, multi_scale, short_sides, sliding, whole, with_autocast
 from evaluation.metrics import ConfusionMatrix
 from evaluation.options import EvaluationOptions
 from evaluation.pictures import Save, prediction_writer
@@ -127,7 +127,9 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
     network = fold_norms(model).to(process.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     tile_size = options.input_size or trained.crop
-    fit = None if options.short_sides else options.fit or trained.fit
+    fit: Fit = None
+    if not options.short_sides:
+        fit = trained.fit if options.fit is None else options.fit or None
     clip = options.clip or trained.clip
     samples: Sequence[Pair | Clip] = pairs
     if clip > 1:
@@ -197,7 +199,7 @@ def predict_as(
     options: EvaluationOptions,
     network: nn.Module,
     tile_size: tuple[int, int],
-    fit: tuple[int, int] | None,
+    fit: Fit,
     mirror_pairs: Sequence[tuple[int, int]],
     device: torch.device,
 ) -> Predict:

@@ -51,6 +51,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 SETTINGS |= {f"{name}_batch6": (*flags, "--batch-size", "6") for name, flags in SETTINGS.items()}
 # Of frames and crops of CamVid's own size, where the recipe halves both.
 FULL_SIZE = ("--input-size", "360,480", "--short-sides", "300,330,360,400,440,480")
+FULL_SIZE += ("--eval-short-side", "360")
 
 
 class RunError(RuntimeError):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dataset import DATASETS, LabelTable, generic_table
+from evaluation.inference import Fit
 from networks import mmsegmentation
 from utils.checkpoint import CheckpointError
 
@@ -16,7 +17,7 @@ class TrainedOn(NamedTuple):
 
     crop: tuple[int, int] = (769, 769)  # (height, width), the tile of the sliding window: the published one
     clip: int = 1  # frames
-    fit: tuple[int, int] | None = None  # the size that images were fitted into
+    fit: Fit = None  # how evaluation scales images
     ignore_label: int = 255
     num_classes: int | None = None
     step: int | None = None
@@ -38,15 +39,16 @@ def trained_on(contents: Mapping[str, Any], path: Path) -> TrainedOn:
     try:
         height, width = settings.get("input_size", default.crop)
         crop, clip = (int(height), int(width)), int(settings.get("clip", default.clip))
+        short_side = int(settings.get("eval_short_side", 0))
         ignore_label = int(settings.get("ignore_label", default.ignore_label))
-        if min(*crop, clip) < 1 or not 0 <= ignore_label <= 255:
+        if min(*crop, clip) < 1 or short_side < 0 or not 0 <= ignore_label <= 255:
             raise ValueError(f"input_size {crop}, clip {clip}, ignore_label {ignore_label}")
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its settings are damaged ({error})") from None
     return TrainedOn(
         crop=crop,
         clip=clip,
-        fit=crop if settings.get("random_affine") else None,
+        fit=short_side or (crop if settings.get("random_affine") else None),
         ignore_label=ignore_label,
         num_classes=num_classes if isinstance(num_classes, int) else None,
         step=step if isinstance(step, int) else None,

@@ -14,6 +14,9 @@ from dataset import short_side_size
 
 # Images (B,3,H,W), or clips (B,3,T,H,W) and the index of one of their frames → logits (B,N,H,W) in fp32.
 Predict = Callable[..., Tensor]
+# What images are scaled to before they are predicted, their proportions kept: (height, width) into which they
+# are fitted, or their short side; None: nothing, they keep their size.
+Fit = tuple[int, int] | int | None
 
 NARROW = 16  # pixels; the backbone's strided convolutions see down to an eighth of it
 
@@ -76,7 +79,7 @@ def multi_scale(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     mirror_pairs: Sequence[tuple[int, int]] = (),
-    fit: tuple[int, int] | None = None,
+    fit: Fit = None,
 ) -> Predict:
     """The mean logits over scaled and, with ``flip``, also mirrored images.
 
@@ -87,16 +90,18 @@ def multi_scale(
         scales: factors of the image's size, resized bilinearly with corners aligned.
         flip: predict each scale also left-right mirrored.
         mirror_pairs: classes that mirroring swaps, left arm and right arm for one.
-        fit: (height, width) into which an image is fitted before, its proportions kept (LIP's protocol).
+        fit: what an image is scaled to before; the crop in LIP's protocol.
     """
     return average(predict, lambda size: scaled_sizes(size, scales, fit), flip, mirror_pairs)
 
 
-def scaled_sizes(
-    size: Sequence[int], scales: Sequence[float], fit: tuple[int, int] | None = None
-) -> list[tuple[int, int]]:
+def scaled_sizes(size: Sequence[int], scales: Sequence[float], fit: Fit = None) -> list[tuple[int, int]]:
     """The sizes (height, width) that ``multi_scale`` resizes an image to."""
-    factor = 1.0 if fit is None else min(fit[0] / size[0], fit[1] / size[1])
+    factor = 1.0
+    if isinstance(fit, int):
+        size = short_side_size(size[0], size[1], fit)
+    elif fit is not None:
+        factor = min(fit[0] / size[0], fit[1] / size[1])
     return [
         (max(round(size[0] * factor * scale), 1), max(round(size[1] * factor * scale), 1)) for scale in scales
     ]

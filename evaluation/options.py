@@ -57,16 +57,16 @@ class EvaluationOptions(CheckpointOptions, DataOptions):
     )
     batch_size: int = setting(4, "tiles through the network at once", group="protocol", min=1)
     scales: tuple[float, ...] = setting(
-        (1.0,), "factors of the image's size, 0.75,1,1.25 for one; logits are averaged", group="protocol",
-        metavar="S,S,…", exclusive_min=0, max=8,
+        (1.0,), "factors of the image's size after --fit, 0.75,1,1.25 for one; logits are averaged",
+        group="protocol", metavar="S,S,…", exclusive_min=0, max=8,
     )  # fmt: skip
     short_sides: tuple[int, ...] = setting(
         (), "lengths of the short side in pixels, instead of --scales (ADE20K's protocol)", group="protocol",
         metavar="N,N,…", min=1, max=MAX_SIDE,
     )  # fmt: skip
-    fit: tuple[int, int] | None = setting(
-        None, "size that images are fitted into first (default: the crop of --random-affine; LIP's protocol)",
-        group="protocol", metavar="H,W",
+    fit: tuple[int, int] | tuple[()] | None = setting(
+        None, "size that images are fitted into first; none: their own (default: what the recipe says)",
+        group="protocol", metavar="H,W", may_be_none=True,
     )  # fmt: skip
     flip: bool = setting(False, "average with the mirrored image's prediction", group="protocol")
 

@@ -52,6 +52,15 @@ class Recipe:
         "fit the whole image into the crop, scaled by up to 25 % and rotated, instead of cropping",
         group="augmentation",
     )
+    eval_short_side: int = setting(
+        0,
+        "short side of images in validation, evaluate.py and predict.py; 0: the crop that --random-affine fits "
+        "them into, or their own size",
+        group="augmentation",
+        metavar="N",
+        min=0,
+        max=MAX_SIDE,
+    )
     random_mirror: bool = setting(True, "mirror left and right with probability 0.5", group="augmentation")
     clip: int = setting(
         1, "frames of a clip, for networks over time", group="augmentation", metavar="T", min=1
@@ -93,9 +102,9 @@ class Recipe:
         check_fields(self)
 
     @property
-    def fit(self) -> tuple[int, int] | None:
-        """The size that evaluation fits images into, where training does: with ``random_affine``."""
-        return self.input_size if self.random_affine else None
+    def fit(self) -> tuple[int, int] | int | None:
+        """How evaluation scales images, see ``evaluation.inference.Fit``."""
+        return self.eval_short_side or (self.input_size if self.random_affine else None)
 
     def with_changes(self, network: Mapping[str, Any], values: Mapping[str, Any]) -> "Recipe":
         """This recipe with other values for some fields, and for some of its network.
@@ -129,6 +138,7 @@ RECIPES: dict[str, Recipe] = {
         input_size=(512, 512),
         random_scale=False,
         short_sides=(300, 375, 450, 525, 600),
+        eval_short_side=450,
         learning_rate=2e-2,
         batch_size=16,
         num_steps=150000,
@@ -152,6 +162,7 @@ RECIPES: dict[str, Recipe] = {
         network=NetworkConfig(num_classes=11, backbone="resnet18", stem="plain", initial_gamma=1.0),
         input_size=(180, 240),
         short_sides=(150, 165, 180, 200, 220, 240),
+        eval_short_side=180,
         batch_size=6,
         num_steps=2400,
         learning_rate=0.03,

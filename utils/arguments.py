@@ -50,9 +50,10 @@ def add_flags(
     """A flag for each field of a dataclass.
 
     A field's metadata are those of ``utils.fields.setting``, and perhaps "group" (a heading of ``--help``),
-    "metavar", "optional_value" (what the flag means when no value follows), and "several" (values of a tuple
-    are divided by blanks, and the flag may be repeated). Fields without "help" get no flag. Flags have no
-    default of their own: what is not given is None in the Namespace, see ``take_flags``.
+    "metavar", "optional_value" (what the flag means when no value follows), "several" (values of a tuple are
+    divided by blanks, and the flag may be repeated), and "may_be_none" ("none" is an empty tuple). Fields
+    without "help" get no flag. Flags have no default of their own: what is not given is None in the
+    Namespace, see ``take_flags``.
 
     Args:
         options: the dataclass.
@@ -111,7 +112,7 @@ def _add_flag(group: argparse._ArgumentGroup, option: "Field[Any]", hint: Any, d
         settings |= {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
     else:
         settings["type"] = _parser_of(hint, metadata)
-        if option.default == ():
+        if option.default == () or metadata.get("may_be_none"):
             settings["type"] = _or_none(settings["type"])
         settings["metavar"] = metadata.get("metavar")
     if (choices := choices_of(option)) is not None:

@@ -165,15 +165,19 @@ def test_short_sides_of_ade20k():
 
 
 @pytest.mark.parametrize(
-    ("size", "scales", "expected"),
-    [
-        ((100, 60), (1.0,), [(473, 284)]),
-        ((60, 100), (1.0,), [(284, 473)]),
-        ((946, 473), (1.0, 0.5), [(473, 236), (236, 118)]),
-        ((1, 2000), (1.0,), [(1, 473)]),
+    ("size", "fit", "scales", "expected"),
+    [  # into the crop, as in training on LIP
+        ((100, 60), (473, 473), (1.0,), [(473, 284)]),
+        ((60, 100), (473, 473), (1.0,), [(284, 473)]),
+        ((946, 473), (473, 473), (1.0, 0.5), [(473, 236), (236, 118)]),
+        ((1, 2000), (473, 473), (1.0,), [(1, 473)]),
+        # to a short side
+        ((100, 60), 30, (1.0,), [(50, 30)]),
+        ((360, 480), 180, (1.0, 0.5), [(180, 240), (90, 120)]),
+        ((60, 300), 450, (1.0,), [(200, 1000)]),  # as --short-sides bounds the long one
     ],
 )
-def test_images_are_fitted_as_in_training_on_lip(size, scales, expected):
+def test_images_are_scaled_before_they_are_predicted(size, fit, scales, expected):
     sizes = []
 
     def predict(images, frame=0):
@@ -181,7 +185,7 @@ def test_images_are_fitted_as_in_training_on_lip(size, scales, expected):
         return images[:, :2]
 
     images = torch.randn(1, 3, *size)
-    out = multi_scale(predict, scales, fit=(473, 473))(images)
+    out = multi_scale(predict, scales, fit=fit)(images)
     assert sizes == expected
     assert out.shape == (1, 2, *size)
 

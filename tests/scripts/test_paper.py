@@ -112,6 +112,42 @@ def test_ade20k(call, ade20k, tmp_path):
     assert ids.min() >= 1
 
 
+def test_images_are_evaluated_at_the_short_side_of_the_recipe(call, ade20k, tmp_path):
+    """By validation, evaluate.py and predict.py, unless a flag says otherwise."""
+    run, small = tmp_path / "run", ("--backbone", "thin", "--input-size", "33,41", *ONE_STEP, *QUIET)
+    result = call(
+        "train.py", "--recipe", "ade20k", "--data-dir", ade20k, "--snapshot-dir", run, *small,
+        "--short-sides", "30,50", "--eval-short-side", 24, "--val-every", 1,
+    )  # fmt: skip
+    assert result.status == 0, result.error
+    metrics = {}
+    for number, flags in enumerate(((), ("--short-sides", 24), ("--fit", "none"), ("--fit", "24,999"))):
+        output = tmp_path / str(number)
+        result = call(
+            "evaluate.py",
+            "--data-dir",
+            ade20k,
+            "--restore-from",
+            run,
+            "--output-dir",
+            output,
+            "--save",
+            *QUIET,
+            *flags,
+        )
+        assert result.status == 0, result.error
+        metrics[flags] = json.loads((output / "metrics.json").read_text())
+    fits = [found["settings"]["fit"] for found in metrics.values()]
+    assert fits == [24, None, None, [24, 999]]
+    as_the_recipe, by_short_side, own_size, fitted = (found["confusion_matrix"] for found in metrics.values())
+    assert as_the_recipe == by_short_side == fitted != own_size
+    assert log_of(run)[-1]["mIoU"] == metrics[()]["mIoU"]
+    ids = np.asarray(Image.open(tmp_path / "0" / "ids" / "0.png"))
+    predictor = Predictor(run / "ADE20K_1.pth", "cpu", whole=False)
+    predicted = predictor.labels.decode(predictor(read_image(ade20k / "images" / "validation" / "0.jpg")))
+    assert (predicted == ids).mean() > 0.999
+
+
 def test_a_label_beyond_ade20ks_classes_is_named(call, ade20k, tmp_path):
     write(ade20k / "annotations" / "training" / "1.png", np.full((40, 56), 151, np.uint8))
     result = call(
