@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: per-class IoU from one confusion matrix over all images of a split.
 
 The network (backbone, R, …) and the tile size are those that the checkpoint was trained with, unless given;
-a plain state dict is taken for the published network, ResNet-101 with R=2.
+what a plain state dict does not tell is taken to be as published, R=2 for one.
 """
 
 from utils import startup
@@ -32,6 +32,7 @@ from dataset import (
     check_supervision,
     evaluation_clips,
     find_dataset,
+    generic_table,
     list_samples,
     load_samples,
 )
@@ -108,18 +109,18 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
     path = find_checkpoint(options.restore_from)
     checkpoint = load_checkpoint(path)
     trained = trained_on(checkpoint, path)
-    spec, pairs = find_samples(options, trained)
+    given = {name: getattr(options, name) for name in ("model", "backbone", "recurrence")}
+    given = {name: value for name, value in given.items() if value is not None}
+    model, config = restore_model(checkpoint, path, **given)
+    spec, pairs = find_samples(options, trained, config.num_classes)
     other = None
     if options.compare is not None:  # before the output folder is prepared, which may be the same
         other = (str(options.compare), read_metrics(options.compare))
         check_comparable(other[1], spec.name, spec.labels.names, options.compare)
-    given = {name: getattr(options, name) for name in ("model", "backbone", "recurrence")}
-    given = {name: value for name, value in given.items() if value is not None}
     doubts = check_supervision(pairs, spec.labels, spec.ignore_label, training=False)
+    doubts += check_classes(checkpoint, path, config.num_classes, spec)
     if process.is_main and doubts:
         print("\n".join(doubts))
-    model, config = restore_model(checkpoint, path, **given)
-    check_classes(checkpoint, path, config.num_classes, spec)
     normalization = Normalization(config.mean, config.std, config.channel_order)
     metrics_file = prepare_output(options.output_dir)
 
@@ -171,8 +172,10 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
     )
 
 
-def find_samples(options: EvaluationOptions, trained: TrainedOn) -> tuple[DatasetSpec, list[Pair]]:
-    """The data set and the samples of a command line.
+def find_samples(
+    options: EvaluationOptions, trained: TrainedOn, classes: int
+) -> tuple[DatasetSpec, list[Pair]]:
+    """The data set and the samples of a command line, for a network of so many classes.
 
     Raises:
         DataError: samples without labels, where these are needed.
@@ -181,7 +184,7 @@ def find_samples(options: EvaluationOptions, trained: TrainedOn) -> tuple[Datase
     ignore_label = trained.ignore_label if options.ignore_label is None else options.ignore_label
     num_classes = options.num_classes
     if num_classes is None and options.dataset == "list":
-        num_classes = trained.num_classes
+        num_classes = classes
     spec = find_dataset(options.data_dir, options.dataset, num_classes, ignore_label)
     pairs = list_samples(spec, options.data_dir, options.split, options.data_list)
     unlabelled = next((pair.image for pair in pairs if pair.label is None), None)
@@ -211,18 +214,29 @@ def predict_as(
     return multi_scale(predict, options.scales, options.flip, mirror_pairs, fit)
 
 
-def check_classes(checkpoint: dict[str, Any], path: Path, classes: int, spec: DatasetSpec) -> None:
-    """Refuse a network of another number of classes than the data set.
+def check_classes(checkpoint: dict[str, Any], path: Path, classes: int, spec: DatasetSpec) -> list[str]:
+    """Refuse a network of other classes than the data set; returns a line where names differ.
 
     Raises:
-        CheckpointError: the numbers differ.
+        CheckpointError: their number differs, or their order.
     """
-    if classes == spec.labels.num_classes:
-        return
-    named = ""
+    names: tuple[str, ...] = ()
     with suppress(CheckpointError):
-        named = f" ({', '.join(labels_of(checkpoint, path, classes).names[:2])}, …)"
-    raise CheckpointError(f"{path}: has {classes} classes{named}, {spec.name} has {spec.labels.num_classes}")
+        names = labels_of(checkpoint, path, classes).names
+    if classes != spec.labels.num_classes:
+        named = f" ({', '.join(names[:2])}, …)" if names else ""
+        raise CheckpointError(
+            f"{path}: has {classes} classes{named}, {spec.name} has {spec.labels.num_classes}"
+        )
+    if not names or generic_table(classes).names in (names, spec.labels.names) or names == spec.labels.names:
+        return []
+    index = next(i for i, name in enumerate(names) if name != spec.labels.names[i])
+    difference = (
+        f"class {index} is {names[index]} in the checkpoint, {spec.labels.names[index]} in {spec.name}"
+    )
+    if sorted(names) == sorted(spec.labels.names):
+        raise CheckpointError(f"{path}: names the classes in another order: {difference}")
+    return [f"note      {difference}: scores are right only if they mean the same"]
 
 
 def in_turn(savers: Sequence[Save]) -> Save:
@@ -281,7 +295,7 @@ def report(evaluation: Evaluation, options: EvaluationOptions, seconds: float) -
 
 
 def prepare_output(directory: Path) -> Path:
-    """Where the metrics will go; those of an earlier one are removed, so that a failure leaves none.
+    """Where the metrics will go; results of an earlier evaluation are removed, so that a failure leaves none.
 
     Raises:
         OutputError: the folder cannot be made or written to, which is found before the evaluation.
@@ -290,7 +304,8 @@ def prepare_output(directory: Path) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         metrics_file.touch()
-        metrics_file.unlink(missing_ok=True)  # of several processes another may have been faster
+        for stale in (metrics_file, directory / "report.html"):
+            stale.unlink(missing_ok=True)  # of several processes another may have been faster
     except OSError as error:
         raise OutputError(f"{directory}: cannot write results there ({error.strerror})") from None
     return metrics_file

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dataset import DATASETS, LabelTable, Normalization
 from dataset.demo import draw_scene
 from evaluation.checkpoint import labels_of, trained_on
+from evaluation.inference import Fit
 from evaluation.options import CheckpointOptions
 from networks import HEADS, NetworkConfig, Segmenter, fold_norms, load_model, mmsegmentation, restore_model
 from networks.config import REFERENCE, difference
@@ -96,9 +97,10 @@ def main() -> None:
         find_recipe(options.recipe)  # for what its module registers
     path = find_checkpoint(options.restore_from)
     contents = load_checkpoint(path)
-    if (frames := trained_on(contents, path).clip) > 1:  # with one frame it would be another network
+    trained = trained_on(contents, path)
+    if trained.clip > 1:  # with one frame it would be another network
         raise ExportError(
-            f"{path}: was trained on clips of {frames} frames; only networks of images are exported"
+            f"{path}: was trained on clips of {trained.clip} frames; only networks of images are exported"
         )
     given = {} if options.recurrence is None else {"recurrence": options.recurrence}
     model, config = restore_model(contents, path, **given)
@@ -124,7 +126,9 @@ def main() -> None:
             folded = fold_norms(model)
             module = (Full(folded, config) if options.full else Logits(folded)).eval()
             write = write_onnx if output.suffix == ".onnx" else write_pt2
-            run = write(with_formula(module), metadata(config, labels, path, options.full), temporary)
+            run = write(
+                with_formula(module), metadata(config, labels, path, options.full, trained.fit), temporary
+            )
             check(module, run, config, options.full)
         size = temporary.stat().st_size
         temporary.replace(output)
@@ -133,6 +137,9 @@ def main() -> None:
     finally:
         temporary.unlink(missing_ok=True)
     print(f"written to {output}, {size / 2**20:.1f} MiB")
+    if trained.fit is not None:
+        kind = f"a short side of {trained.fit}" if isinstance(trained.fit, int) else f"{trained.fit} at most"
+        print(f"note: predict.py scales pictures to {kind} first; whoever uses this file has to do so")
 
 
 def classes_of(
@@ -153,7 +160,7 @@ def classes_of(
     return labels
 
 
-def metadata(config: NetworkConfig, labels: LabelTable, path: Path, full: bool) -> dict[str, str]:
+def metadata(config: NetworkConfig, labels: LabelTable, path: Path, full: bool, fit: Fit) -> dict[str, str]:
     """What a user of the file must know, as texts; lists are JSON."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -162,6 +169,7 @@ def metadata(config: NetworkConfig, labels: LabelTable, path: Path, full: bool) 
         "colours": labels.palette,
         "label_ids": labels.ids,
         **{name: getattr(config, name) for name in DESCRIBED},
+        "fit": fit,
         "input": "RGB (B,H,W,3) uint8" if full else "(channel - mean) / std, (B,3,H,W) float32",
         "output": "class ids (B,H,W) uint8" if full else "logits (B,N,~H/8,~W/8) float32",
         "checkpoint": path.name,

@@ -54,6 +54,11 @@ class PredictOptions(CheckpointOptions):
         "of the pixel in row Y, column X as pictures", metavar="Y,X", optional_value="",
     )  # fmt: skip
 
+    recurrence: int | None = setting(
+        None, "R (default: the checkpoint's; 2 for a state dict, which does not hold it)", group="network",
+        min=0,
+    )  # fmt: skip
+
     whole: bool | None = setting(
         None, "pictures at once, or (no) in tiles (default: by size and memory)", group="protocol"
     )
@@ -119,6 +124,7 @@ def main() -> None:
         tile_size=options.input_size,
         batch_size=options.batch_size,
         num_classes=options.num_classes,
+        recurrence=options.recurrence,
     )
     run = Run(options, predictor)
     if options.attention is not None:

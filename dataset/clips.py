@@ -77,7 +77,7 @@ def find_runs(spec: DatasetSpec, pairs: Sequence[Pair], length: int) -> list[Run
     if length == 1:
         return [Run("", 0, (index,)) for index in range(len(pairs))]
     if spec.frame_of is None:
-        raise DataError(f"--clip {length}: {spec.name} has no sequences, so no clips; leave --clip out")
+        raise DataError(f"--clip {length}: {spec.name} has no sequences, so no clips; --clip 1 takes images")
     sequences: dict[str, list[tuple[int, int]]] = {}
     for index, pair in enumerate(pairs):
         frame = spec.frame_of(pair.image)

@@ -268,10 +268,8 @@ def _load(
             signal.signal(signal.SIGCHLD, handler)
         yield from batches
     except DataError as error:
-        # From a worker the message arrives wrapped in its traceback, ours being the last line.
-        raise DataError(
-            str(error).strip().splitlines()[-1].removeprefix("dataset.labels.DataError: ")
-        ) from None
+        # From a worker the message arrives at the end of its traceback.
+        raise DataError(str(error).split("dataset.labels.DataError: ")[-1].strip()) from None
     except (RuntimeError, OSError, EOFError) as error:
         message = str(error) or "end of file"
         remedy = next((told for pattern, told in REMEDIES.items() if re.search(pattern, message)), None)

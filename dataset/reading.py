@@ -36,14 +36,15 @@ def read_image(path: Path) -> np.ndarray:
     with _decoded(path, "image") as image:
         stored_as = _stored_as(image)
         image.load()
-        if image.mode in ("I", "F") or "12" in stored_as:
+        is_pgm = image.mode == "I" and stored_as == "I;16B"  # 0 .. 65535, unlike other images of mode I
+        if (image.mode in ("I", "F") and not is_pgm) or "12" in stored_as:
             raise DataError(
                 f"{path}: an image needs 8 or 16 bits a channel, this one has "
                 f"{_in_words(image.mode, stored_as)}; scale it to 8 bits"
             )
         if _orientation(image) != 1:
             ImageOps.exif_transpose(image, in_place=True)
-        if not image.mode.startswith("I;16"):
+        if not (is_pgm or image.mode.startswith("I;16")):
             image.info.pop("transparency", None)  # which Pillow would warn of in palettes
             pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
             if ";16" in stored_as and not pixels.any():
@@ -130,7 +131,8 @@ def _decoded(path: Path, kind: str) -> Iterator[ImageFile.ImageFile]:
     """
     size = ""
     try:
-        with Image.open(path) as image:
+        # Given a path, Pillow maps TIFFs into memory, and some that are to be turned with the sides swapped.
+        with path.open("rb") as file, Image.open(file) as image:
             size = f" of {image.width}x{image.height} pixels"
             yield image
     except DataError:

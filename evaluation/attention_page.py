@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from cc_attention import CrissCrossAttention, attention_weights
 from dataset import DataError
+from evaluation.inference import resize, scaled_sizes
 from evaluation.predictor import PredictionError, Predictor
 from utils.arguments import UsageError
 
@@ -60,12 +61,14 @@ def attention_layer(predictor: Predictor) -> CrissCrossAttention:
 def attention_rounds(predictor: Predictor, image: np.ndarray) -> list[Round]:
     """Queries and keys of each round for a picture (H,W,3) uint8 RGB, which goes through the network whole.
 
+    It is scaled as for a prediction, to the size that the network was trained for.
+
     Raises:
         UsageError: a network without criss-cross attention.
         DataError: a picture that is too large for memory.
     """
     layer = attention_layer(predictor)
-    height, width = image.shape[:2]
+    ((height, width),) = scaled_sizes(image.shape[:2], (1.0,), predictor.fit)
     if not predictor.goes_whole(height * width):
         raise DataError(
             f"{width}x{height} pixels are too many to go through the network at once, as attention needs; "
@@ -81,6 +84,7 @@ def attention_rounds(predictor: Predictor, image: np.ndarray) -> list[Round]:
     hook = layer.register_forward_pre_hook(keep)
     try:
         inputs = torch.from_numpy(predictor.normalization(image))[None].to(predictor.device)
+        inputs = resize(inputs, (height, width))
         predictor.network(inputs.contiguous(memory_format=torch.channels_last))
     finally:
         hook.remove()

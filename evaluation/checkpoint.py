@@ -19,7 +19,6 @@ class TrainedOn(NamedTuple):
     clip: int = 1  # frames
     fit: Fit = None  # how evaluation scales images
     ignore_label: int = 255
-    num_classes: int | None = None
     step: int | None = None
 
 
@@ -31,11 +30,12 @@ def trained_on(contents: Mapping[str, Any], path: Path) -> TrainedOn:
     """
     settings = contents.get("recipe", contents.get("settings", {}))
     network, step, default = contents.get("network", settings), contents.get("step"), TrainedOn()
-    is_ours = "recipe" in contents  # other programs have something else in "network"
-    if not isinstance(settings, Mapping) or (is_ours and not isinstance(network, Mapping)):
+    damaged = not isinstance(settings, Mapping) or ("recipe" in contents and not isinstance(network, Mapping))
+    if damaged and "model" in contents:  # other programs have other things under these names
         kinds = f"{type(settings).__name__}, network {type(network).__name__}"
         raise CheckpointError(f"{path}: its settings are damaged (they are not named values, but {kinds})")
-    num_classes = network.get("num_classes") if isinstance(network, Mapping) else None
+    if not isinstance(settings, Mapping):
+        return default
     try:
         height, width = settings.get("input_size", default.crop)
         crop, clip = (int(height), int(width)), int(settings.get("clip", default.clip))
@@ -50,7 +50,6 @@ def trained_on(contents: Mapping[str, Any], path: Path) -> TrainedOn:
         clip=clip,
         fit=short_side or (crop if settings.get("random_affine") else None),
         ignore_label=ignore_label,
-        num_classes=num_classes if isinstance(num_classes, int) else None,
         step=step if isinstance(step, int) else None,
     )
 
@@ -97,8 +96,9 @@ def _table_in(contents: Mapping[str, Any], classes: int) -> LabelTable | None:
         elif isinstance(settings, Mapping) and settings.get("dataset") in DATASETS:
             return DATASETS[settings["dataset"]].labels
         else:
-            is_list = isinstance(settings, Mapping) and settings.get("dataset") == "list"
-            return generic_table(classes) if is_list else None
+            if not isinstance(settings, Mapping) or settings.get("dataset") != "list":
+                return None
+            return generic_table(classes, settings.get("ignore_label", 255))
     names = tuple(str(name) for name in data["names"])
     palette = tuple((int(red), int(green), int(blue)) for red, green, blue in data["palette"])
     pairs = tuple((int(left), int(right)) for left, right in data.get("mirror_pairs", ()))

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ class InputFile(NamedTuple):
 
 
 def find_inputs(inputs: Sequence[Path], output_dir: Path) -> list[InputFile]:
-    """The files of ``--input``; folders are searched with all below them.
+    """The files of ``--input``; folders are searched with all below them, through links too.
 
     Hidden files and results of earlier calls are passed over; what else is left out is named in a warning.
 
@@ -39,20 +39,20 @@ def find_inputs(inputs: Sequence[Path], output_dir: Path) -> list[InputFile]:
         DataError: no such input, a folder that is empty or without pictures.
         UsageError: results would be written over their own input.
     """
-    found: dict[Path, tuple[Path, str]] = {}  # by the real path: a file that is given twice is one
+    found: dict[Path, tuple[Path, str]] = {}  # a file that is given twice is one
     for path in inputs:
         if path.is_dir():
             if path.resolve() == output_dir.resolve():
                 raise UsageError(f"--output-dir {output_dir} is the input folder; give another one")
             for file in _search(path, output_dir):
                 name = file.relative_to(path).with_suffix("").as_posix()
-                found.setdefault(file.resolve(), (file, name))
+                found.setdefault(file.absolute(), (file, name))
         elif path.is_file():
-            found.setdefault(path.resolve(), (path, path.stem))
+            found.setdefault(path.absolute(), (path, path.stem))
         else:
             raise DataError(f"{path}: no such input")
-    for real, (path, _) in found.items():
-        if any(real.is_relative_to((output_dir / folder).resolve()) for folder in FOLDERS):
+    for path, _ in found.values():
+        if any(path.resolve().is_relative_to((output_dir / folder).resolve()) for folder in FOLDERS):
             raise UsageError(f"{path} lies where results of --output-dir {output_dir} go; give another one")
     files = list(found.values())
     return [InputFile(path, name) for (path, _), name in zip(files, _distinct(files), strict=True)]
@@ -61,7 +61,7 @@ def find_inputs(inputs: Sequence[Path], output_dir: Path) -> list[InputFile]:
 def _search(folder: Path, output_dir: Path) -> list[Path]:
     results = [(output_dir / name).resolve() for name in (*FOLDERS, LEGEND)]  # of an earlier call
     suffixes = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
-    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    files = list(_files_below(folder))
     found: list[Path] = []
     others: list[Path] = []
     for path in files:
@@ -81,6 +81,21 @@ def _search(folder: Path, output_dir: Path) -> list[Path]:
             *(folder, len(others), len(found) + len(others), name_some(others, folder)),
         )
     return found
+
+
+def _files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """All files within, in order, but for results of earlier calls. A link to a folder above ends there."""
+    real = folder.resolve()
+    if real in above:
+        return
+    entries = sorted(folder.iterdir())
+    names = {entry.name for entry in entries}
+    results = (*FOLDERS, LEGEND) if {LEGEND, "colour", "ids"} <= names else ()
+    for entry in entries:
+        if entry.is_dir() and entry.name not in results:
+            yield from _files_below(entry, above | {real})
+        elif entry.name not in results:
+            yield entry
 
 
 def _distinct(files: Sequence[tuple[Path, str]]) -> list[str]:

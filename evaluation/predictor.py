@@ -5,7 +5,7 @@ import numbers
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,11 +48,13 @@ class Predictor:
         batch_size: pictures of a batch, or tiles of one picture, that go through the network together.
         labels: names and colours of the classes, instead of the checkpoint's.
         num_classes: of a checkpoint without class names: accept it, with numbers for names.
+        recurrence: R, in the place of the checkpoint's. A state dict does not hold it, so it is taken for 2.
 
     Attributes:
         names: class names, by train id.
         labels: the whole table: names, stored ids, colours.
         clip: frames of the clips that the network was trained on; 1 for images.
+        fit: what pictures are scaled to before, see ``evaluation.inference.Fit``.
 
     Raises:
         CheckpointError: a checkpoint that cannot be read, makes no network, or names no classes.
@@ -72,6 +74,7 @@ class Predictor:
         batch_size: int = 4,
         labels: LabelTable | None = None,
         num_classes: int | None = None,
+        recurrence: int | None = None,
     ) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,21 +84,30 @@ class Predictor:
             raise ValueError(f"tile_size must be a height and a width of at least 1; got {tile_size}")
         if amp not in AMP:
             raise ValueError(f"amp must be one of {', '.join(AMP)}; got {amp!r}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        if not _are_positive((batch_size,), numbers.Integral):
+            raise ValueError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
+        for name, value, allowed in (("flip", flip, (True, False)), ("whole", whole, (True, False, None))):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+        if labels is not None and not isinstance(labels, LabelTable):
+            raise ValueError(f"labels must be a LabelTable; got {type(labels).__name__}")
         self.device = torch.device(device)
         self.scales, self.flip, self.amp, self.whole = tuple(scales), flip, amp, whole
         self.batch_size = batch_size
         self._goes_whole: dict[int, bool] = {}
         if isinstance(source, nn.Module):
-            model, trained = cast(Segmenter, source), TrainedOn()
+            if not isinstance(source, Segmenter) or recurrence is not None:
+                kind = type(source).__name__
+                raise ValueError(f"a network in memory must be a Segmenter and has its own R; got {kind}")
+            model, trained = source, TrainedOn()
             classes = model.head.classifier.out_channels
             self.labels = labels or (CITYSCAPES if classes == 19 else generic_table(classes))
             self._takes_clips = True  # it is not known what it was trained on
         else:
             path = Path(source)
             contents = load_checkpoint(path)
-            model, config = restore_model(contents, path)
+            given = {} if recurrence is None else {"recurrence": recurrence}
+            model, config = restore_model(contents, path, **given)
             trained = trained_on(contents, path)
             classes = config.num_classes
             self.labels = labels or labels_of(contents, path, classes, num_classes)
@@ -106,10 +118,10 @@ class Predictor:
             )
         backbone = model.backbone
         self.normalization = Normalization(backbone.mean, backbone.std, backbone.channel_order)
-        self.tile_size, self.clip, self._fit = tile_size or trained.crop, trained.clip, trained.fit
+        self.tile_size, self.clip, self.fit = tile_size or trained.crop, trained.clip, trained.fit
         self._align_corners = getattr(model, "align_corners", True)
         # Normalisation layers cost nothing once they are part of the convolutions.
-        self.network = fold_norms(model).to(self.device)
+        self.network = fold_norms(model).float().to(self.device)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
@@ -137,6 +149,7 @@ class Predictor:
             ValueError: another type, different shapes, or a clip for a network that was trained on pictures.
             PredictionError: the network's output is not finite.
         """
+        images = list(images)
         for image in images:
             _check(image)
             if image.shape != images[0].shape:
@@ -167,7 +180,7 @@ class Predictor:
     def _together(self, shape: tuple[int, ...]) -> int:
         """How many pictures or clips of a shape go through the network at once."""
         *frames, height, width, _ = shape
-        sizes = [(height, width), *scaled_sizes((height, width), self.scales, self._fit)]
+        sizes = [(height, width), *scaled_sizes((height, width), self.scales, self.fit)]
         pixels = int(np.prod(frames)) * max(h * w for h, w in sizes)
         if not self.goes_whole(pixels):
             return 1
@@ -189,7 +202,7 @@ class Predictor:
     def _logits(self, inputs: Tensor) -> Rows:
         size = inputs.shape[-2], inputs.shape[-1]
         maps: list[Rows] = []
-        for scaled in scaled_sizes(size, self.scales, self._fit):
+        for scaled in scaled_sizes(size, self.scales, self.fit):
             for mirrored in (False, True) if self.flip else (False,):
                 view = resize(inputs, scaled)
                 logits = self._view_logits(view.flip(-1) if mirrored else view)

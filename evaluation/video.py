@@ -38,8 +38,8 @@ if "OPENCV_LOG_LEVEL" not in os.environ:  # which OpenCV reads when it is import
 class VideoReader:
     """The frames of a video at a constant rate, turned upright as its metadata say.
 
-    A frame is repeated until the time of the next one, so that a video of variable rate keeps its duration;
-    none is left out.
+    A frame is repeated until the time of the next one, and none is left out. So a video of variable rate
+    keeps its duration, but for passages of more frames a second than ``rate``, which become slower.
 
     Attributes:
         frames: about how many there should be; 0: not known.
@@ -88,10 +88,12 @@ class VideoReader:
             self._capture.release()
         if read == 0:
             raise DataError(f"{self.path}: no frame of this video can be decoded")
-        if self.path.suffix.lower() in COUNTED_SUFFIXES:
-            if read < 0.95 * self.frames - 2:
+        suffix = self.path.suffix.lower()
+        if suffix in COUNTED_SUFFIXES:
+            found = shown if suffix == ".avi" else read  # an .avi counts frames that repeat the one before
+            if found < 0.95 * self.frames - 2:
                 raise DataError(
-                    f"{self.path}: only {read} of this video's {self.frames} frames can be decoded"
+                    f"{self.path}: only {found} of this video's {self.frames} frames can be decoded"
                 )
         elif shown < 0.95 * self.frames - 2:
             seconds, whole = float(shown / self.rate), float(self.frames / self.rate)

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from libs import InPlaceABN
 from networks.config import FLAT_SETTINGS, NOT_IN_SHAPES, NetworkConfig
 from networks.mmsegmentation import (
     NETWORK,
@@ -14,7 +16,7 @@ from networks.mmsegmentation import (
     is_mmsegmentation,
 )
 from networks.names import from_batch_norm, from_torchvision
-from networks.registry import build_model
+from networks.registry import HEADS, build_model
 from networks.resnet import STEMS
 from networks.segmenter import Segmenter
 from utils.checkpoint import COUNTER, CheckpointError, load_checkpoint, load_weights, model_state
@@ -131,6 +133,7 @@ def _config_by_shapes(state: dict[str, Tensor]) -> dict[str, Any]:
     stem = state.get("conv1.weight")
     if classifier is not None and classifier.dim() == 4:
         values["num_classes"] = classifier.shape[0]
+        values["model"] = _head_by_names(state)
     if stem is not None and (kind := _stem_by_shape(stem)):
         values["stem"] = kind
     if "layer1.0.conv1.weight" in state and "layer1.0.conv3.weight" not in state:
@@ -138,6 +141,18 @@ def _config_by_shapes(state: dict[str, Tensor]) -> dict[str, Any]:
     elif "layer3.5.conv3.weight" in state and "layer3.6.conv3.weight" not in state:
         values["backbone"] = "resnet50"
     return values
+
+
+def _head_by_names(state: dict[str, Tensor]) -> str:
+    """The model whose head has these names; the default if there is none."""
+    own = {name.removeprefix("head.") for name in state if name.startswith("head.")}
+    for name, head in HEADS.items():
+        if head.__module__.startswith("networks."):  # a user's may want other arguments
+            with torch.device("meta"):
+                names = head(64, 2, InPlaceABN).state_dict().keys()
+            if names == own:
+                return name
+    return NetworkConfig.model
 
 
 def network_of(contents: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -54,8 +54,8 @@ class Recipe:
     )
     eval_short_side: int = setting(
         0,
-        "short side of images in validation, evaluate.py and predict.py; 0: the crop that --random-affine fits "
-        "them into, or their own size",
+        "short side of images in validation and prediction; 0: the crop that --random-affine fits them into, "
+        "or their own size",
         group="augmentation",
         metavar="N",
         min=0,

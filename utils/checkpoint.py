@@ -161,7 +161,8 @@ WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.", "segmenter.")
 def model_state(contents: dict[str, Any], source: Path = Path("checkpoint")) -> dict[str, Tensor]:
     """The network's state dict within a checkpoint, without wrappers' prefixes.
 
-    Looks into the usual containers; prefixes, in any nesting, go where all names carry them.
+    Looks into the usual containers, also where a tensor that counts something lies beside them; prefixes, in
+    any nesting, go where all names carry them.
 
     Args:
         source: the file, for messages.
@@ -169,8 +170,10 @@ def model_state(contents: dict[str, Any], source: Path = Path("checkpoint")) -> 
     Raises:
         CheckpointError: several containers hold weights, or nothing does.
     """
-    while not any(isinstance(value, Tensor) for value in contents.values()):
+    while not any(isinstance(value, Tensor) and "." in str(name) for name, value in contents.items()):
         found = [name for name in CONTAINERS if _holds_weights(contents.get(name))]
+        if not found and any(isinstance(value, Tensor) for value in contents.values()):
+            break
         if len(found) > 1:
             raise CheckpointError(
                 f"{source}: holds weights in {', '.join(found)}; keep one of them in the file"

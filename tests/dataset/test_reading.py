@@ -241,6 +241,7 @@ def test_the_systems_reasons_are_told_as_such(tmp_path, monkeypatch):
     def too_many(*_):
         raise OSError(errno.EMFILE, "Too many open files")
 
+    (tmp_path / "x.png").touch()
     monkeypatch.setattr(Image, "open", too_many)
     with pytest.raises(DataError, match=r"x\.png: cannot read this label \(Too many open files\)"):
         read_label(tmp_path / "x.png")
@@ -283,3 +284,26 @@ def test_label_values_outside_the_classes(tmp_path):
         DataError, match=r"labels/a\.png: holds label value 6, 7, 8, which is none of the 6 classes"
     ):
         read_sample(pair, generic_table(6), 255)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16", "1"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_uncompressed_tiffs_are_turned_as_compressed_ones(tmp_path, mode, compression):
+    values = np.random.default_rng(0).integers(0, 256, (16, 40), np.uint8)
+    stored = Image.fromarray(values.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(values)
+    stored = stored if mode == "I;16" else stored.convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored.save(tmp_path / "turned.tif", exif=exif, compression=compression)
+    stored.save(tmp_path / "upright.png" if mode != "CMYK" else tmp_path / "upright.tif")
+    upright = read_image(next(tmp_path.glob("upright.*")))
+    assert np.array_equal(read_image(tmp_path / "turned.tif"), np.rot90(upright, -1))
+    if mode in ("L", "P", "1"):
+        labels = read_label(tmp_path / "upright.png")
+        assert np.array_equal(read_label(tmp_path / "turned.tif"), np.rot90(labels, -1))
+
+
+def test_grey_values_of_16_bits_in_a_pgm(tmp_path):
+    values = np.array([[0, 257, 65535]], ">u2")
+    (tmp_path / "x.pgm").write_bytes(b"P5 3 1 65535\n" + values.tobytes())
+    assert read_image(tmp_path / "x.pgm")[0, :, 0].tolist() == [0, 1, 255]

@@ -1,5 +1,6 @@
 """The predictor against ``evaluation.inference``, which holds all logits at full size."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from dataset import DATASETS, LabelTable, generic_table
 from evaluation import Predictor, bands
-from evaluation.checkpoint import CITYSCAPES, labels_of
+from evaluation.checkpoint import CITYSCAPES, TrainedOn, labels_of, trained_on
 from evaluation.inference import multi_scale, sliding, whole
 from evaluation.predictor import PredictionError, available_memory
 from networks import build_model
@@ -266,3 +267,45 @@ def test_batches_are_as_large_as_half_of_the_memory_allows(model, monkeypatch):
     monkeypatch.setattr(predictor, "_run", lambda x: sizes.append(len(x)) or run(x))
     predictor.predict_batch([picture(24, 32)] * 5)
     assert sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize("recurrence", [None, 1])
+def test_the_recurrence_of_a_state_dict(model, tmp_path, recurrence):
+    """It is not in the weights: 2 is taken, unless it is given."""
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    predictor = Predictor(tmp_path / "plain.pth", "cpu", num_classes=4, recurrence=recurrence)
+    assert predictor.network.head.recurrence == (recurrence or 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_networks_of_other_types_predict_in_fp32(model, dtype):
+    image = picture(41, 33)
+    other = Predictor(copy.deepcopy(model).to(dtype), "cpu", whole=True)
+    assert (other(image) == Predictor(model, "cpu", whole=True)(image)).mean() > 0.9
+
+
+def test_networks_in_memory_are_ours(model):
+    with pytest.raises(ValueError, match="must be a Segmenter and has its own R; got Sequential"):
+        Predictor(torch.nn.Sequential(model), "cpu")
+    with pytest.raises(ValueError, match="has its own R"):
+        Predictor(model, "cpu", recurrence=1)
+
+
+@pytest.mark.parametrize(
+    ("contents", "expected"),
+    [
+        ({}, TrainedOn()),
+        ({"recipe": {"lr": 3}, "settings": "abc"}, TrainedOn()),  # other programs'
+        ({"settings": None, "network": "resnet"}, TrainedOn()),
+        ({"recipe": {"input_size": [3, 4], "random_affine": True}}, TrainedOn((3, 4), fit=(3, 4))),
+        ({"recipe": {"eval_short_side": 180}, "step": 7}, TrainedOn(fit=180, step=7)),
+        ({"settings": {"clip": 3, "ignore_label": 0}}, TrainedOn(clip=3, ignore_label=0)),
+    ],
+)
+def test_what_a_checkpoint_was_trained_on(contents, expected):
+    assert trained_on(contents, Path("x.pth")) == expected
+
+
+def test_ids_of_an_old_list_whose_label_0_does_not_count():
+    table = labels_of({"settings": {"dataset": "list", "ignore_label": 0}}, Path("x.pth"), 3)
+    assert table.ids == (1, 2, 3)

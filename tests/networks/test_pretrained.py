@@ -371,3 +371,12 @@ def test_the_variance_of_the_first_convolution_may_be_below_eps():
     size = (ours["conv1.weight"][:, 0] / state["conv1.weight"][:, 2]).mean() * 255 * IMAGENET_STD[2]
     expected = size**2 * (state["bn1.running_var"] + 1e-5)
     torch.testing.assert_close(ours["bn1.running_var"] + 1e-5, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("model", HEADS)
+def test_the_head_of_a_state_dict_is_told_by_its_names(tmp_path, model):
+    network = build_model(model, backbone="resnet18", num_classes=3)
+    torch.save(network.state_dict(), tmp_path / "plain.pth")
+    loaded, config = load_model(tmp_path / "plain.pth")
+    assert (config.model, config.num_classes) == (model, 3)
+    assert type(loaded.head) is type(network.head)

@@ -239,3 +239,48 @@ def test_camvid(call, camvid, tmp_path):
     )  # fmt: skip
     assert result.status == 0, result.error
     assert next(iter(metrics_of(tmp_path / "out")["IoU"])) == "sky"
+
+
+def test_class_names_that_contradict_the_data_set(call, demo_data, trained, tmp_path):
+    """In another order they would give wrong scores; other words may mean the same."""
+    contents = load_checkpoint(trained)
+    names = contents["data"]["names"]
+    options = (
+        "--data-dir",
+        demo_data,
+        "--restore-from",
+        tmp_path / "x.pth",
+        "--output-dir",
+        tmp_path,
+        *QUIET,
+    )
+    contents["data"]["names"] = names[::-1]
+    torch.save(contents, tmp_path / "x.pth")
+    result = call("evaluate.py", *options)
+    assert result.status == 1
+    assert "in another order: class 0 is bicycle in the checkpoint, road in cityscapes" in result.error
+    contents["data"]["names"] = ("street", *names[1:])
+    torch.save(contents, tmp_path / "x.pth")
+    result = call("evaluate.py", *options)
+    assert result.status == 0, result.error
+    assert "class 0 is street in the checkpoint, road in cityscapes" in result.out
+    contents["data"]["names"] = tuple(f"class {i}" for i in range(19))
+    torch.save(contents, tmp_path / "x.pth")
+    assert "note" not in call("evaluate.py", *options).out
+
+
+def test_a_report_of_an_earlier_evaluation_does_not_outlive_it(call, demo_data, trained, tmp_path):
+    options = ("--data-dir", demo_data, "--restore-from", trained, "--output-dir", tmp_path, *QUIET)
+    assert call("evaluate.py", *options, "--report").status == 0
+    assert (tmp_path / "report.html").exists()
+    assert call("evaluate.py", *options).status == 0
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_classes_of_a_list_are_the_networks(call, list_data, tmp_path):
+    torch.save(build_model(backbone="resnet18", num_classes=3).state_dict(), tmp_path / "plain.pth")
+    data = ("--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst")
+    result = call(
+        "evaluate.py", *data, "--restore-from", tmp_path / "plain.pth", "--output-dir", tmp_path, *QUIET
+    )
+    assert result.status == 0, result.error

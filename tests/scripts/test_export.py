@@ -173,7 +173,7 @@ def test_names_of_the_checkpoint(trained):
     contents, (_, config) = load_checkpoint(trained), load_model(trained)
     options = export.ExportOptions(restore_from=trained, output=trained.with_suffix(".pt2"))
     labels = export.classes_of(contents, config, trained, options)
-    described = export.metadata(config, labels, trained, full=False)
+    described = export.metadata(config, labels, trained, full=False, fit=180)
     assert json.loads(described["class_names"])[:2] == ["road", "sidewalk"]
     assert json.loads(described["label_ids"])[:2] == [7, 8]
     assert described["checkpoint_sha256"] == hashlib.sha256(trained.read_bytes()).hexdigest()

@@ -397,3 +397,32 @@ def test_a_number_never_takes_the_name_of_another_input(tmp_path):
         path.touch()
     names = [file.name for file in find_inputs(paths, tmp_path / "out")]
     assert names == ["x_png", "x_png_3", "x_png_2"]
+
+
+def test_links_are_followed_and_folders_of_results_are_not_searched(tmp_path):
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    for path in (folder, elsewhere):
+        path.mkdir()
+        Image.new("RGB", (3, 2)).save(path / "a.png")
+    (folder / "b.png").symlink_to(folder / "a.png")
+    (folder / "day").symlink_to(elsewhere)
+    (folder / "loop").symlink_to(folder)
+    for name in (
+        "legend.png",
+        "colour/a.png",
+        "ids/a.png",
+        "more/c.png",
+    ):  # an output folder of an earlier call
+        (folder / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "a.png", folder / "out" / name)
+    names = [file.name for file in find_inputs([folder, folder], tmp_path / "other")]
+    assert names == ["a", "b", "day/a", "out/more/c"]
+
+
+def test_r_may_be_given(predict, tmp_path):
+    Image.fromarray(random_picture(40, 48)).save(tmp_path / "x.png")
+    ids = []
+    for flags in ((), ("--recurrence", 2), ("--recurrence", 0)):
+        assert predict(tmp_path / "x.png", *flags).status == 0
+        ids.append(read(tmp_path / "out" / "ids" / "x.png"))
+    assert np.array_equal(ids[0], ids[1]) and not np.array_equal(ids[0], ids[2])

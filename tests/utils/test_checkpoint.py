@@ -344,3 +344,10 @@ def test_random_states_survive_a_checkpoint(tmp_path):
     expected = draw()
     set_random_state(load_checkpoint(path)["random_states"][0], torch.device("cpu"))
     assert draw() == expected
+
+
+def test_a_counter_beside_the_weights_is_no_weight():
+    weights = {"conv.weight": torch.ones(2), "conv.bias": torch.ones(1)}
+    assert model_state({"state_dict": weights, "step": torch.tensor(3)}) == weights
+    alone = {"weight": torch.ones(2), "bias": torch.ones(1)}
+    assert model_state(alone) == alone
