@@ -38,19 +38,35 @@ def to_batch_norm(layer: ABN) -> nn.Module:
 
 
 def replace_by_batch_norm(module: nn.Module) -> nn.Module:
-    """``to_batch_norm`` for all ABN layers within a module, which is changed and returned."""
-    for name, child in module.named_children():
-        setattr(
-            module, name, to_batch_norm(child) if isinstance(child, ABN) else replace_by_batch_norm(child)
-        )
-    return module
+    """``to_batch_norm`` for all ABN layers within a module, which is changed and returned.
+
+    A layer that is used in several places stays one layer. For an ABN itself its replacement is returned.
+    """
+    replaced: dict[ABN, nn.Module] = {}
+
+    def replace(module: nn.Module) -> nn.Module:
+        if isinstance(module, ABN):
+            if module not in replaced:
+                replaced[module] = to_batch_norm(module)
+            return replaced[module]
+        for name, child in module._modules.items():  # named_children() leaves repeated ones out
+            if child is not None:
+                setattr(module, name, replace(child))
+        return module
+
+    return replace(module)
 
 
 def fold(conv: nn.Conv2d, layer: ABN) -> nn.Conv2d:
     """A convolution that does what ``conv`` and then the affine map of ``layer`` do in inference.
 
     The layer's activation remains to be applied.
+
+    Raises:
+        ValueError: not an nn.Conv2d, or one whose channels are not the layer's.
     """
+    if type(conv) is not nn.Conv2d or conv.out_channels != layer.num_features:
+        raise ValueError(f"an ABN of {layer.num_features} channels cannot be folded into {conv}")
     factor = torch.rsqrt(layer.running_var + layer.eps)
     scale = scale_of(layer.weight, layer.eps)
     factor = factor if scale is None else factor * scale

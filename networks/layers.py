@@ -56,7 +56,8 @@ class SampleDropout2d(nn.Dropout2d):
         if keys is None or not self.training:
             return super().forward(x)
         kept = uniform(keys, x.shape[1], self.stream) >= self.p
-        return x * (kept.to(x.dtype) / (1 - self.p))[:, :, None, None]
+        factor = 1 / (1 - self.p) if self.p < 1 else 0.0
+        return x * (kept.to(x.dtype) * factor)[:, :, None, None]
 
 
 def uniform(keys: Tensor, count: int, stream: int = 0) -> Tensor:

@@ -16,8 +16,7 @@ __all__ = ["BACKBONES", "HEADS", "NORMS", "build_model"]
 
 
 def build_model(
-    config: NetworkConfig | str = "ccnet",
-    /,
+    name: NetworkConfig | str | None = None,
     *,
     checkpoint_activations: bool = False,
     embedding_channels: int = 0,
@@ -26,7 +25,7 @@ def build_model(
     """A network with PyTorch's default initialisation, as the reference has it.
 
     Args:
-        config: a NetworkConfig, or the name of a head: a key of ``HEADS``.
+        name: the model, a key of ``HEADS`` (default: "ccnet"); or a NetworkConfig.
         checkpoint_activations: recompute activations in the backward pass: less memory, slower, the same
             numbers; not for ``torch.compile``.
         embedding_channels: of the 1×1 convolution for a loss on features, in training only; 0: none.
@@ -34,12 +33,14 @@ def build_model(
 
     Raises:
         ValueError: an unknown name, a number out of range, an option that the head does not take.
-        TypeError: a keyword that NetworkConfig does not have.
+        TypeError: a keyword that NetworkConfig does not have, or both ``name`` and ``model``.
     """
-    if isinstance(config, str):
-        config = NetworkConfig(model=config, **settings)
+    if isinstance(name, NetworkConfig):
+        config = dataclasses.replace(name, **settings)
+    elif name is None:
+        config = NetworkConfig(**settings)
     else:
-        config = dataclasses.replace(config, **settings)
+        config = NetworkConfig(model=name, **settings)
     layer = NORMS["inplace_abn" if config.norm == "auto" else config.norm]
     backbone_norm = partial(layer, activation="identity")
     head_norm: Norm = partial(layer, activation="leaky_relu", activation_param=0.01)

@@ -31,13 +31,19 @@ def category_consistent_loss(
 
     Args:
         embedding: (B,D,h,w); half types are computed in fp32.
-        target: train ids (B,h,w), or larger: then read where the embedding's positions lie.
+        target: train ids (B,h,w) of 0 … 255, or larger: then read where the embedding's positions lie.
         ignore_index: label that does not count.
         kind: "piecewise", the paper's φ, or "quadratic".
 
     Returns:
         A scalar; 0, with gradients of 0, where no label counts.
+
+    Raises:
+        ValueError: another kind, or a label below 0 or above 255.
     """
+    beyond = target[(target != ignore_index) & ((target < 0) | (target > 255))]
+    if len(beyond):
+        raise ValueError(f"labels must be 0 … 255, or ignore_index; got {beyond[0].item()}")
     total, _ = CategoryConsistentLoss(ignore_index, kind).over([({"embedding": embedding}, target)])
     return total
 

@@ -131,10 +131,16 @@ class _UpSample(torch.autograd.Function):
     has no repeatable form.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
-        ctx.size, ctx.align_corners = x.shape[2:], align_corners
+    def forward(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
         return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, ctx.align_corners = inputs
+        ctx.size = x.shape[2:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -142,7 +148,8 @@ class _UpSample(torch.autograd.Function):
             _bilinear_weights(small, large, ctx.align_corners, grad)
             for small, large in zip(ctx.size, grad.shape[2:], strict=True)
         )
-        return down.T @ (grad @ across), None, None
+        with torch.autocast(grad.device.type, enabled=False):
+            return down.T @ (grad @ across), None, None
 
 
 def _bilinear_weights(small: int, large: int, align_corners: bool, like: Tensor) -> Tensor:

@@ -4,8 +4,11 @@ from collections.abc import Callable
 
 
 def poly(base_rate: float, step: int, num_steps: int, power: float = 0.9) -> float:
-    """base_rate · (1 - step / num_steps) ** power, so the last step comes close to 0 (paper, section 4.2)."""
-    return base_rate * (1 - step / num_steps) ** power
+    """base_rate · (1 - step / num_steps) ** power, so the last step comes close to 0 (paper, section 4.2).
+
+    It is 0 beyond the run's end.
+    """
+    return base_rate * max(1 - step / num_steps, 0.0) ** power
 
 
 def constant(base_rate: float, step: int, num_steps: int, power: float = 0.9) -> float:

@@ -1,12 +1,15 @@
 """ABN against its formula in float64."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from libs import ABN, InPlaceABN, InPlaceABNSync, to_batch_norm
+from libs import ABN, InPlaceABN, InPlaceABNSync, fold, replace_by_batch_norm, to_batch_norm
+from libs.modules import keep_statistics
 
 CLASSES = [ABN, InPlaceABN, InPlaceABNSync]
 ACTIVATIONS = {
@@ -131,3 +134,43 @@ def test_a_frozen_layer_stays_frozen_as_batch_norm():
     layer.freeze()
     norm = to_batch_norm(layer)
     assert not norm.training and not any(x.requires_grad for x in norm.parameters())
+
+
+@pytest.mark.parametrize("kind", [ABN, InPlaceABN])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_running_statistics_of_every_type_move(kind, dtype):
+    layer = kind(3, momentum=0.25).to(dtype)
+    x = torch.randn(4, 3, 5, 6, dtype=torch.float64) + 2
+    layer((x * 1).to(dtype))
+    mean, var = 0.25 * x.mean((0, 2, 3)), 0.75 + 0.25 * x.transpose(0, 1).flatten(1).var(1)
+    torch.testing.assert_close(layer.running_mean.double(), mean, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(layer.running_var.double(), var, rtol=0.01, atol=0.01)
+
+
+def test_statistics_are_kept_for_a_second_pass():
+    layer = ABN(3, momentum=0.3, activation="identity")
+    before = copy.deepcopy(layer.state_dict())
+    with keep_statistics(layer):
+        layer(torch.randn(2, 3, 4))
+    assert all(torch.equal(layer.state_dict()[name], value) for name, value in before.items())
+    assert layer.momentum == 0.3
+    assert to_batch_norm(layer).momentum == 0.3
+
+
+def test_every_layer_within_a_module_becomes_a_batch_norm():
+    shared = ABN(4, activation="identity")
+    network = nn.Sequential(nn.Conv2d(4, 4, 1), shared, nn.Sequential(nn.Conv2d(4, 4, 1), shared), None)
+    x = torch.randn(2, 4, 3, 3)
+    network = nn.Sequential(*list(network)[:3]).eval()
+    want = network(x)
+    replace_by_batch_norm(network)
+    assert not any(isinstance(layer, ABN) for layer in network.modules())
+    assert network[1] is network[2][1]
+    torch.testing.assert_close(network(x), want)
+    assert isinstance(replace_by_batch_norm(ABN(4, activation="identity")), nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("conv", [nn.ConvTranspose2d(4, 4, 1), nn.Conv2d(4, 1, 1), nn.Conv3d(4, 4, 1)])
+def test_what_cannot_be_folded_is_refused(conv):
+    with pytest.raises(ValueError, match="an ABN of 4 channels cannot be folded into Conv"):
+        fold(conv, ABN(4))

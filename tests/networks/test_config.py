@@ -14,7 +14,7 @@ from networks.layers import conv3x3, conv_norm
     ("settings", "message"),
     [
         ({"model": "fnc"}, "model must be one of ccnet"),
-        ({"backbone": "resnet34"}, "backbone must be one of resnet18, resnet50, resnet101; got 'resnet34'"),
+        ({"backbone": "resnet34"}, "backbone must be one of resnet18, resnet50, resnet101"),
         ({"norm": "bn"}, "norm must be one of auto, inplace_abn, sync, abn; got 'bn'"),
         ({"stem": "wide"}, "stem must be one of deep, plain, v1c; got 'wide'"),
         ({"recurrence": -1}, "recurrence must be at least 0; got -1"),

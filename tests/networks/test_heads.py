@@ -200,3 +200,20 @@ def test_without_rounds_the_attention_is_not_trained():
     for recurrence in (0, 2):
         head = build_model(backbone="resnet18", recurrence=recurrence).head
         assert all(x.requires_grad == (recurrence > 0) for x in head.cca.parameters())
+
+
+@pytest.mark.parametrize("stem", ["deep", "plain"])
+def test_feature_maps_are_rounded_up(stem):
+    """The pooling's ceil_mode: 96×128 gives 13×17 features."""
+    network = build_model(backbone="resnet18", stem=stem).eval()
+    with torch.inference_mode():
+        assert network(torch.zeros(1, 3, 96, 128))["out"].shape[2:] == (13, 17)
+
+
+def test_the_model_by_position_by_keyword_and_in_a_config():
+    networks = [build_model("fcn", backbone="resnet18"), build_model(name="fcn", backbone="resnet18")]
+    networks += [build_model(model="fcn", backbone="resnet18"), build_model(networks[0].config)]
+    assert len({network.config for network in networks}) == 1
+    assert build_model(backbone="resnet18").config.model == "ccnet"
+    with pytest.raises(TypeError):
+        build_model("fcn", model="gcn")

@@ -65,3 +65,16 @@ def test_the_network_with_keys_needs_no_generator():
     for head in ("out", "aux"):
         assert torch.equal(first[head], second[head])
         assert not torch.equal(first[head], other[head])
+
+
+def test_nothing_is_kept_with_a_probability_of_1():
+    x, keys = torch.ones(2, 3, 2, 2), torch.tensor([1, 2])
+    assert torch.equal(SampleDropout2d(1.0)(x, keys), torch.zeros_like(x))
+
+
+def test_the_networks_dropout_is_the_published_one():
+    """A tenth of the channels, drawn by the two heads independently."""
+    network = build_model(backbone="resnet18")
+    head, auxiliary = network.head.dropout, network.auxiliary_head.dropout
+    assert head.p == auxiliary.p == 0.1
+    assert head.stream != auxiliary.stream

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from libs import ABN
 from networks import build_model
+from networks.names import from_batch_norm
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,21 @@ def test_what_is_whose(model):
         "dsn.3.weight",
         "dsn.3.bias",
     )
+
+
+def test_batch_norm_of_a_negative_weight_behind_a_bias():
+    """The auxiliary head's convolution has a bias, whose sign turns with its weights'."""
+    torch.manual_seed(0)
+    conv, norm = torch.nn.Conv2d(3, 4, 3).double(), torch.nn.BatchNorm2d(4).double().eval()
+    norm.weight.data = torch.tensor([-1.5, 0.7, -1e-7, 2.0]).double()
+    norm.bias.data.normal_()
+    norm.running_mean.normal_()
+    state = {f"dsn.0.{name}": value for name, value in conv.state_dict().items()}
+    state |= {f"dsn.1.{name}": value for name, value in norm.state_dict().items()}
+    converted = from_batch_norm(state, {"dsn.1."})
+    abn = ABN(4, activation="identity").double().eval()
+    other = torch.nn.Conv2d(3, 4, 3).double()
+    for layer, prefix in ((other, "dsn.0."), (abn, "dsn.1.")):
+        layer.load_state_dict({name: converted[prefix + name] for name in layer.state_dict()})
+    x = torch.randn(2, 3, 6, 5).double()
+    torch.testing.assert_close(abn(other(x)), norm(conv(x)), rtol=1e-4, atol=1e-4)

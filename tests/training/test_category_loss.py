@@ -151,3 +151,10 @@ def test_parts_in_several_processes_are_one_batch(processes):
 def test_an_unknown_kind_is_named():
     with pytest.raises(ValueError, match="kind is one of piecewise, quadratic; got 'cubic'"):
         build_criterion(ccl=True, ccl_kind="cubic")
+
+
+@pytest.mark.parametrize("label", [-1, 256])
+def test_labels_that_are_no_train_ids_are_refused(label):
+    with pytest.raises(ValueError, match=f"labels must be 0 … 255, or ignore_index; got {label}"):
+        category_consistent_loss(torch.randn(1, 4, 2, 2), torch.full((1, 2, 2), label))
+    assert category_consistent_loss(torch.randn(1, 4, 2, 2), torch.full((1, 2, 2), label), label) == 0

@@ -238,3 +238,35 @@ def test_all_pixels_are_hard_if_there_are_no_more_labels_than_are_kept():
     grid = torch.tensor([0.1, 0.3, 0.5, *[2.0] * 7])
     assert ohem_threshold(grid, 0.2, 3 * 64) == 1
     assert ohem_threshold(grid, 0.2, 2 * 64) == pytest.approx(0.3)
+
+
+def test_pixels_that_are_certain_count_where_all_are_kept():
+    """A threshold of 1 leaves a probability that is exactly 1 in fp32."""
+    target = torch.randint(0, 3, (1, 16, 16))
+    logits = 200 * F.one_hot(target, 3).permute(0, 3, 1, 2).float()
+    losses = build_criterion(ohem=True, ohem_keep=10**6)({"out": logits, "aux": logits}, target)
+    assert losses["kept_pixels"] == 1
+
+
+def test_the_loss_under_functions_of_torch_func():
+    small, target = sample(batch=1)
+    criterion = build_criterion(aux_weight=0.0)
+
+    def loss(logits):
+        return criterion({"out": logits, "aux": logits}, target)["loss"]
+
+    (want,) = torch.autograd.grad(loss(small), small)
+    torch.testing.assert_close(torch.func.grad(loss)(small.detach()), want)
+    several = torch.func.vmap(torch.func.grad(loss))(torch.stack([small.detach()] * 2))
+    torch.testing.assert_close(several[1], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_gradients_within_autocast_are_those_outside(dtype):
+    small, target = sample()
+    small = small.detach().float().requires_grad_()
+    loss = build_criterion()({"out": small, "aux": small}, target)["loss"]
+    (want,) = torch.autograd.grad(loss, small, retain_graph=True)
+    with torch.autocast("cpu", dtype=dtype):
+        (got,) = torch.autograd.grad(loss, small)
+    assert torch.equal(got, want)

@@ -9,3 +9,7 @@ from training.schedule import poly
 )
 def test_poly(step, expected):
     assert poly(0.01, step, 60000, 0.9) == pytest.approx(expected, rel=1e-9)
+
+
+def test_there_is_no_rate_beyond_the_end():
+    assert poly(0.01, 60001, 60000) == 0

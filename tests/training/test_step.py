@@ -378,3 +378,16 @@ def test_no_memory_is_one_line(monkeypatch):
     monkeypatch.setattr(step, "_micro_batch", lambda *_: torch.empty(2**60))
     with pytest.raises(TrainingError, match="out of memory; lower --batch-size"):
         step(batch())
+
+
+def test_the_optimiser_is_sgd_with_plain_momentum_and_decay():
+    """v ← 0.9 v + (gradient + decay · w), w ← w - rate · v (paper, section 4.2): no Nesterov."""
+    network = nn.Linear(3, 1, bias=False).double()
+    optimizer = build_optimizer(network, 0.1, 0.9, 1e-2)
+    weight, velocity = network.weight.detach().clone(), 0
+    for gradient in torch.randn(3, 1, 3, dtype=torch.float64):
+        network.weight.grad = gradient.clone()
+        optimizer.step()
+        velocity = 0.9 * velocity + gradient + 1e-2 * weight
+        weight = weight - 0.1 * velocity
+        torch.testing.assert_close(network.weight.detach(), weight)
