@@ -37,7 +37,16 @@ from dataset import (
     load_samples,
 )
 from evaluation.checkpoint import TrainedOn, labels_of, trained_on
-from evaluation.inference import Fit, Predict, multi_scale, short_sides, sliding, whole, with_autocast
+from evaluation.inference import (
+    Fit,
+    Predict,
+    describe_fit,
+    multi_scale,
+    short_sides,
+    sliding,
+    whole,
+    with_autocast,
+)
 from evaluation.metrics import ConfusionMatrix
 from evaluation.options import EvaluationOptions
 from evaluation.pictures import Save, prediction_writer
@@ -131,6 +140,8 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
     fit: Fit = None
     if not options.short_sides:
         fit = trained.fit if options.fit is None else options.fit or None
+    if process.is_main and fit is not None:
+        print(f"images are scaled to {describe_fit(fit)}; --fit none keeps their size")
     clip = options.clip or trained.clip
     samples: Sequence[Pair | Clip] = pairs
     if clip > 1:

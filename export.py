@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dataset import DATASETS, LabelTable, Normalization
 from dataset.demo import draw_scene
 from evaluation.checkpoint import labels_of, trained_on
-from evaluation.inference import Fit
+from evaluation.inference import Fit, describe_fit
 from evaluation.options import CheckpointOptions
 from networks import HEADS, NetworkConfig, Segmenter, fold_norms, load_model, mmsegmentation, restore_model
 from networks.config import REFERENCE, difference
@@ -138,8 +138,7 @@ def main() -> None:
         temporary.unlink(missing_ok=True)
     print(f"written to {output}, {size / 2**20:.1f} MiB")
     if trained.fit is not None:
-        kind = f"a short side of {trained.fit}" if isinstance(trained.fit, int) else f"{trained.fit} at most"
-        print(f"note: predict.py scales pictures to {kind} first; whoever uses this file has to do so")
+        print(f"note: predict.py scales pictures to {describe_fit(trained.fit)} first, this file does not")
 
 
 def classes_of(

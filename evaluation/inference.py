@@ -95,6 +95,11 @@ def multi_scale(
     return average(predict, lambda size: scaled_sizes(size, scales, fit), flip, mirror_pairs)
 
 
+def describe_fit(fit: tuple[int, int] | int) -> str:
+    """In words: "a short side of 180" or "473x473 at most"."""
+    return f"a short side of {fit}" if isinstance(fit, int) else f"{fit[0]}x{fit[1]} at most"
+
+
 def scaled_sizes(size: Sequence[int], scales: Sequence[float], fit: Fit = None) -> list[tuple[int, int]]:
     """The sizes (height, width) that ``multi_scale`` resizes an image to."""
     factor = 1.0

@@ -136,6 +136,7 @@ def test_images_are_evaluated_at_the_short_side_of_the_recipe(call, ade20k, tmp_
             *flags,
         )
         assert result.status == 0, result.error
+        assert ("images are scaled to a short side of 24" in result.out) == (flags == ())
         metrics[flags] = json.loads((output / "metrics.json").read_text())
     fits = [found["settings"]["fit"] for found in metrics.values()]
     assert fits == [24, None, None, [24, 999]]
