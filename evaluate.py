@@ -231,15 +231,15 @@ def check_classes(checkpoint: dict[str, Any], path: Path, classes: int, spec: Da
     Raises:
         CheckpointError: their number differs, or their order.
     """
-    names: tuple[str, ...] = ()
+    generic = names = generic_table(classes).names
     with suppress(CheckpointError):
-        names = labels_of(checkpoint, path, classes).names
+        names = labels_of(checkpoint, path, classes, classes).names
     if classes != spec.labels.num_classes:
-        named = f" ({', '.join(names[:2])}, …)" if names else ""
+        named = f" ({', '.join(names[:2])}, …)" if names != generic else ""
         raise CheckpointError(
             f"{path}: has {classes} classes{named}, {spec.name} has {spec.labels.num_classes}"
         )
-    if not names or generic_table(classes).names in (names, spec.labels.names) or names == spec.labels.names:
+    if names == spec.labels.names or generic in (names, spec.labels.names):
         return []
     index = next(i for i, name in enumerate(names) if name != spec.labels.names[i])
     difference = (

@@ -95,10 +95,10 @@ def _table_in(contents: Mapping[str, Any], classes: int) -> LabelTable | None:
             data = {"names": named[0], "palette": named[1] or generic_table(len(named[0])).palette}
         elif isinstance(settings, Mapping) and settings.get("dataset") in DATASETS:
             return DATASETS[settings["dataset"]].labels
-        else:
-            if not isinstance(settings, Mapping) or settings.get("dataset") != "list":
-                return None
+        elif isinstance(settings, Mapping) and settings.get("dataset") == "list":
             return generic_table(classes, settings.get("ignore_label", 255))
+        else:
+            return None
     names = tuple(str(name) for name in data["names"])
     palette = tuple((int(red), int(green), int(blue)) for red, green, blue in data["palette"])
     pairs = tuple((int(left), int(right)) for left, right in data.get("mirror_pairs", ()))

@@ -103,8 +103,7 @@ class InPlaceABN(ABN):
     The input must not be needed by anything else: neither a leaf that requires a gradient nor something that
     another layer has saved for backward; and nobody may change the output before the backward pass. Autograd
     raises where this is not so; it cannot know of code that reads the input later and finds the output there.
-    With leaky ReLU and ELU, ``activation_param`` must be positive, so that they
-    can be inverted.
+    With leaky ReLU and ELU, ``activation_param`` must be positive, so that they can be inverted.
 
     Gradients are those of ABN up to the rounding of the output, from which the input is recovered; in half
     types the input of channels where that rounding counts is saved (libs/precision.py). There are no second

@@ -56,8 +56,7 @@ class SampleDropout2d(nn.Dropout2d):
         if keys is None or not self.training:
             return super().forward(x)
         kept = uniform(keys, x.shape[1], self.stream) >= self.p
-        factor = 1 / (1 - self.p) if self.p < 1 else 0.0
-        return x * (kept.to(x.dtype) * factor)[:, :, None, None]
+        return x * (kept.to(x.dtype) / ((1 - self.p) or 1))[:, :, None, None]  # with p = 1 all are 0
 
 
 def uniform(keys: Tensor, count: int, stream: int = 0) -> Tensor:
