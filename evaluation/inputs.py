@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from dataset import DataError
@@ -12,6 +12,8 @@ from evaluation.video import VIDEO_SUFFIXES
 from utils.arguments import UsageError
 
 FOLDERS, LEGEND = ("colour", "ids", "overlay", "attention"), "legend.png"  # within the output folder
+
+RESULT_ENDINGS = (".png", ".mp4", ".html")
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +101,13 @@ def _files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator
 
 
 def _distinct(files: Sequence[tuple[Path, str]]) -> list[str]:
-    """Names of which no two are equal, also where file systems ignore the case."""
+    """Names that differ also where file systems ignore the case, and whose files are no folders of others."""
     counts = Counter(name.casefold() for _, name in files)
+    folders = {folder.as_posix().casefold() for _, name in files for folder in PurePosixPath(name).parents}
     used: set[str] = set()
     names = []
     for path, name in files:
-        if counts[name.casefold()] > 1:
+        if counts[name.casefold()] > 1 or any((name + end).casefold() in folders for end in RESULT_ENDINGS):
             name += "_" + path.suffix[1:].lower()
         distinct, number = name, 1
         while distinct.casefold() in used or (number > 1 and distinct.casefold() in counts):

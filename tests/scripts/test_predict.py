@@ -426,3 +426,11 @@ def test_r_may_be_given(predict, tmp_path):
         assert predict(tmp_path / "x.png", *flags).status == 0
         ids.append(read(tmp_path / "out" / "ids" / "x.png"))
     assert np.array_equal(ids[0], ids[1]) and not np.array_equal(ids[0], ids[2])
+
+
+def test_a_result_does_not_take_the_place_of_a_folder(predict, tmp_path):
+    (tmp_path / "in" / "A.png").mkdir(parents=True)
+    for name in ("a.jpg", "A.png/in.png"):
+        Image.new("RGB", (41, 33)).save(tmp_path / "in" / name)
+    assert predict(tmp_path / "in").status == 0
+    assert written(tmp_path / "out" / "ids") == ["A.png/in.png", "a_jpg.png"]
