@@ -263,3 +263,12 @@ def test_equal_names_are_kept_apart(demo_data):
     pair = list_samples(find_dataset(demo_data), demo_data, "val")[0]
     names = EvaluationDataset([pair, pair], find_dataset(demo_data).labels).names
     assert names == [f"00000_{pair.image.stem}", f"00001_{pair.image.stem}"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_name_of_two_lines_is_told_whole(demo_data, workers):
+    spec = find_dataset(demo_data)
+    missing = [Pair(Path("first\nsecond.png"), None)]
+    evaluation = EvaluationDataset(missing, spec.labels)
+    with pytest.raises(DataError, match=r"^first\nsecond\.png: no such image$"):
+        list(load_samples(evaluation, workers))

@@ -190,3 +190,10 @@ def test_what_is_common_to_all_keys_costs_no_precision():
     moved = attention_page.Round(one.query, one.key + 100)
     plain, balanced = (attention_page._balance(x) for x in (one, moved))
     assert balanced.key.abs().max() < 1.01 * plain.key.abs().max()
+
+
+@pytest.mark.parametrize(("fit", "grid"), [(33, (5, 7)), ((65, 53), (5, 7)), (None, (9, 14))])
+def test_pictures_are_scaled_as_for_a_prediction(predictor, image, monkeypatch, fit, grid):
+    monkeypatch.setattr(predictor, "fit", fit)
+    (first, *_) = attention_rounds(predictor, image)
+    assert first.query.shape[1:] == grid

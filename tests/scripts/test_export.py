@@ -290,3 +290,16 @@ def test_onnx_missing(call, plain, tmp_path, monkeypatch):
     result = call("export.py", "--restore-from", plain, "--output", tmp_path / "x.onnx")
     assert result.status == 1
     assert "pip install onnx onnxscript onnxruntime" in result.error
+
+
+def test_the_size_that_pictures_are_scaled_to_is_told(call, trained, tmp_path):
+    contents = load_checkpoint(trained)
+    contents["recipe"]["eval_short_side"] = 48
+    torch.save(contents, tmp_path / "x_1.pth")
+    file = tmp_path / "model.pt2"
+    result = call("export.py", "--restore-from", tmp_path / "x_1.pth", "--output", file)
+    assert result.status == 0, result.error
+    assert "scales pictures to a short side of 48 first, this file does not" in result.out
+    texts = {"metadata.json": ""}
+    torch.export.load(file, extra_files=texts)
+    assert json.loads(json.loads(texts["metadata.json"])["fit"]) == 48
