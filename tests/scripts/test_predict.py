@@ -1,6 +1,7 @@
 """Predictions of pictures, folders and videos from the command line."""
 
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import cv2
@@ -434,3 +435,15 @@ def test_a_result_does_not_take_the_place_of_a_folder(predict, tmp_path):
         Image.new("RGB", (41, 33)).save(tmp_path / "in" / name)
     assert predict(tmp_path / "in").status == 0
     assert written(tmp_path / "out" / "ids") == ["A.png/in.png", "a_jpg.png"]
+
+
+@pytest.mark.skipif(find_ffmpeg() is None, reason="there is no ffmpeg: pip install imageio-ffmpeg")
+def test_an_avi_that_repeats_frames_is_not_damaged(tmp_path):
+    """Ten pictures in three seconds: the file counts one for each tenth of a second, new or not."""
+    frames = ("-f", "lavfi", "-i", "testsrc=size=32x24:rate=10:duration=1", "-fps_mode", "vfr")
+    pause = "setpts='if(lt(N,5),N,N+20)/10/TB'"
+    path = tmp_path / "x.avi"
+    subprocess.run(
+        [find_ffmpeg(), *frames, "-vf", pause, "-c:v", "ffv1", path], check=True, capture_output=True
+    )
+    assert len(list(VideoReader(path))) == 30
