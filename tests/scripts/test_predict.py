@@ -1,7 +1,6 @@
 """Predictions of pictures, folders and videos from the command line."""
 
 import shutil
-import subprocess
 from types import SimpleNamespace
 
 import cv2
@@ -10,14 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import DataError, LabelTable
+from dataset import LabelTable
 from evaluation import Predictor
-from evaluation.inputs import find_inputs
 from evaluation.prediction_files import overlay
 from evaluation.video import VideoReader, find_ffmpeg
 from networks import build_model
 from predict import Run
-from utils.arguments import UsageError
 
 TABLE = LabelTable(("road", "tree", "sky"), (7, 21, 23), ((128, 64, 128), (107, 142, 35), (70, 130, 180)))
 
@@ -243,13 +240,6 @@ def test_frames_are_repeated_until_the_next_ones_time(tmp_path, times, shown):
     assert [round(frame.mean() / 60) for frame in video] == shown
 
 
-def test_what_is_wrong_with_a_video_is_said_once(tmp_path, capfd):
-    (tmp_path / "v.avi").write_bytes(np.random.default_rng(0).bytes(5000))
-    with pytest.raises(DataError, match="this video cannot be decoded"):
-        VideoReader(tmp_path / "v.avi")
-    assert capfd.readouterr() == ("", "")
-
-
 def test_the_frames_of_a_damaged_video_are_kept(predict, tmp_path):
     write_video(tmp_path / "v.avi", [random_picture(34, 42, seed=seed) for seed in range(40)])
     contents = (tmp_path / "v.avi").read_bytes()
@@ -300,18 +290,6 @@ def test_output_folders_that_would_destroy_their_input(predict, tmp_path):
     result = predict(tmp_path / "in" / "ids" / "a.png", output_dir=tmp_path / "in")
     one_error(result, 2, "lies where results of --output-dir")
     assert (tmp_path / "in" / "ids" / "a.png").read_bytes() == before
-
-
-def test_results_of_an_earlier_call_are_no_input(tmp_path, caplog):
-    (tmp_path / "out" / "attention").mkdir(parents=True)
-    (tmp_path / "out" / "attention" / "a.html").touch()
-    for name in ("a.png", "out/ids/a.png", "out/overlay/a.png", "out/b.png", "out/legend.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random_picture(20, 30)).save(tmp_path / name)
-    assert [file.name for file in find_inputs([tmp_path], tmp_path / "out")] == ["a", "out/b"]
-    assert not caplog.records
-    with pytest.raises(UsageError):
-        find_inputs([tmp_path / "out" / "ids" / "a.png"], tmp_path / "out")
 
 
 def test_an_output_folder_that_cannot_be_made(predict, tmp_path):
@@ -389,37 +367,6 @@ def test_the_last_clip_of_a_video_reaches_back():
     assert ids == list(range(7))
 
 
-def test_a_number_never_takes_the_name_of_another_input(tmp_path):
-    paths = [
-        tmp_path / folder / f"{name}.png" for folder, name in zip("abc", ("x", "x", "x_png_2"), strict=True)
-    ]
-    for path in paths:
-        path.parent.mkdir()
-        path.touch()
-    names = [file.name for file in find_inputs(paths, tmp_path / "out")]
-    assert names == ["x_png", "x_png_3", "x_png_2"]
-
-
-def test_links_are_followed_and_folders_of_results_are_not_searched(tmp_path):
-    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
-    for path in (folder, elsewhere):
-        path.mkdir()
-        Image.new("RGB", (3, 2)).save(path / "a.png")
-    (folder / "b.png").symlink_to(folder / "a.png")
-    (folder / "day").symlink_to(elsewhere)
-    (folder / "loop").symlink_to(folder)
-    for name in (
-        "legend.png",
-        "colour/a.png",
-        "ids/a.png",
-        "more/c.png",
-    ):  # an output folder of an earlier call
-        (folder / "out" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "a.png", folder / "out" / name)
-    names = [file.name for file in find_inputs([folder, folder], tmp_path / "other")]
-    assert names == ["a", "b", "day/a", "out/more/c"]
-
-
 def test_r_may_be_given(predict, tmp_path):
     Image.fromarray(random_picture(40, 48)).save(tmp_path / "x.png")
     ids = []
@@ -435,15 +382,3 @@ def test_a_result_does_not_take_the_place_of_a_folder(predict, tmp_path):
         Image.new("RGB", (41, 33)).save(tmp_path / "in" / name)
     assert predict(tmp_path / "in").status == 0
     assert written(tmp_path / "out" / "ids") == ["A.png/in.png", "a_jpg.png"]
-
-
-@pytest.mark.skipif(find_ffmpeg() is None, reason="there is no ffmpeg: pip install imageio-ffmpeg")
-def test_an_avi_that_repeats_frames_is_not_damaged(tmp_path):
-    """Ten pictures in three seconds: the file counts one for each tenth of a second, new or not."""
-    frames = ("-f", "lavfi", "-i", "testsrc=size=32x24:rate=10:duration=1", "-fps_mode", "vfr")
-    pause = "setpts='if(lt(N,5),N,N+20)/10/TB'"
-    path = tmp_path / "x.avi"
-    subprocess.run(
-        [find_ffmpeg(), *frames, "-vf", pause, "-c:v", "ffv1", path], check=True, capture_output=True
-    )
-    assert len(list(VideoReader(path))) == 30
