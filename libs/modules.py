@@ -1,8 +1,10 @@
 """ABN and its two siblings: one set of state-dict entries, one set of numbers."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,7 @@ from libs.functions import (
     is_dense,
     scale_of,
 )
-from libs.precision import imprecise_channels
+from libs.precision import Affine, count_optimizer_steps, imprecise_channels
 from libs.synchronized import Processes, Replica, join
 
 
@@ -97,6 +99,10 @@ class ABN(nn.Module):
         )
 
 
+# Layers in half types on a GPU, by the stream on which they work.
+_ON_STREAM: defaultdict[object, WeakSet["InPlaceABN"]] = defaultdict(WeakSet)
+
+
 class InPlaceABN(ABN):
     """ABN that overwrites its input with its output and saves only that (Rota Bulò et al., CVPR 2018).
 
@@ -121,7 +127,7 @@ class InPlaceABN(ABN):
             raise ValueError(
                 f"{self.activation} can be inverted for activation_param > 0; got {self.activation_param}"
             )
-        # On CUDA: of which state of the parameters the channels to be saved are known, and these.
+        # On a GPU: of which state of the parameters the channels to be saved are known, and these.
         self._imprecise: tuple[object, Tensor | None] = (None, None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,22 +191,39 @@ class InPlaceABN(ABN):
         return True
 
     def _imprecise_channels(self, x: Tensor) -> Tensor | None:
-        weight, bias = self.weight, self.bias
-        if x.dtype not in (torch.float16, torch.bfloat16) or weight is None or bias is None:
+        affine = self._affine()
+        if x.dtype not in (torch.float16, torch.bfloat16) or affine is None:
             return None
-        if not torch.is_grad_enabled() or not (self.training or weight.requires_grad):
+        if not torch.is_grad_enabled() or not (self.training or affine.weight.requires_grad):
             return None
-        if not x.is_cuda:
-            return imprecise_channels(weight, bias, self.eps, self.activation)
-        # This waits for the GPU: once for each state of the parameters, and never while a graph is captured.
-        # A replica's are copies, new ones in each pass, perhaps in the same memory.
-        # Changes through ``.data`` are not seen.
-        versions = (weight._version, bias._version)
-        state = (x.device, weight.data_ptr(), bias.data_ptr(), *versions)
-        is_new = self._imprecise[0] != state or not isinstance(weight, nn.Parameter)
-        if is_new and not torch.cuda.is_current_stream_capturing():
-            self._imprecise = state, imprecise_channels(weight, bias, self.eps, self.activation)
+        # A replica's parameters are copies, new ones in each pass, perhaps in the same memory.
+        if not x.is_cuda or not isinstance(affine.weight, nn.Parameter):
+            return imprecise_channels([affine])[0]
+        if torch.cuda.is_current_stream_capturing():  # nothing may wait
+            return self._imprecise[1]
+        return self._known_channels(affine, torch.cuda.current_stream(x.device))
+
+    def _known_channels(self, affine: Affine, stream: object) -> Tensor | None:
+        """The imprecise channels, found once for each state of the parameters, since that waits for the GPU.
+
+        The first layer whose parameters have changed finds them for all that work on its stream, so a step of
+        training waits once. Changes through ``.data`` are not seen.
+        """
+        count_optimizer_steps()
+        _ON_STREAM[stream].add(self)
+        if self._imprecise[0] != affine.state():
+            all_layers = [(layer, layer._affine()) for layer in _ON_STREAM[stream]]
+            here = [(layer, x) for layer, x in all_layers if x and x.weight.device == affine.weight.device]
+            changed = [(layer, x) for layer, x in here if x.state() != layer._imprecise[0]]
+            found = imprecise_channels([x for _, x in changed])
+            for (layer, x), channels in zip(changed, found, strict=True):
+                layer._imprecise = x.state(), channels
         return self._imprecise[1]
+
+    def _affine(self) -> Affine | None:
+        if self.weight is None or self.bias is None:
+            return None
+        return Affine(self.weight, self.bias, self.eps, self.activation)
 
     def _check(self, x: Tensor, alone: bool) -> None:
         name, shape = type(self).__name__, tuple(x.shape)

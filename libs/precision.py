@@ -8,24 +8,71 @@ x: the gradients are those of ABN, and memory grows by that channel's part of x.
 saved: there the error is small down to |weight| = 0, where the scale is eps.
 """
 
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn import functional as F
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from libs.ops import mean_sums, per_channel, to_accumulation_dtype
 
 LIMIT = 8.0  # ELU with weight 1 and bias 0 stays below it within two standard deviations: e² - 1 = 6.4
 
 
-def imprecise_channels(weight: Tensor, bias: Tensor, eps: float, activation: str) -> Tensor | None:
-    """Indices of the channels whose x̂ is magnified more than ``LIMIT`` times, or None; on CUDA this waits."""
-    weight, bias = weight.detach().float(), bias.detach().float()
-    scale = weight.abs() + eps
-    imprecise = bias.abs() > LIMIT * scale
-    if activation == "elu":
-        imprecise |= torch.expm1(2 * scale - bias) > LIMIT * scale
-    channels = imprecise.nonzero().flatten()
-    return channels if len(channels) else None
+class Affine(NamedTuple):
+    """What decides which channels of a layer are imprecise."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    activation: str
+
+    def state(self) -> tuple[object, ...]:
+        """What is another when the parameters are."""
+        weight, bias = self.weight, self.bias
+        return weight.device, weight.data_ptr(), bias.data_ptr(), weight._version, bias._version
+
+
+def imprecise_channels(layers: Sequence[Affine]) -> list[Tensor | None]:
+    """For each layer, all on one device, the channels whose x̂ is magnified more than ``LIMIT`` times.
+
+    On a GPU this waits, once for each kind of layer (eps and activation), and once where there are such
+    channels.
+
+    Returns:
+        Their indices; None for a layer that has none.
+    """
+    kinds: dict[tuple[float, str], list[int]] = defaultdict(list)
+    for index, layer in enumerate(layers):
+        kinds[layer.eps, layer.activation].append(index)
+    found: dict[int, Tensor] = {}
+    for (eps, activation), indices in kinds.items():
+        weight = torch.cat([layers[index].weight.detach() for index in indices]).float()
+        bias = torch.cat([layers[index].bias.detach() for index in indices]).float()
+        scale = weight.abs() + eps
+        imprecise = bias.abs() > LIMIT * scale
+        if activation == "elu":
+            imprecise |= torch.expm1(2 * scale - bias) > LIMIT * scale
+        parts = imprecise.cpu().split([len(layers[index].weight) for index in indices])
+        found |= {index: part.nonzero().flatten() for index, part in zip(indices, parts, strict=True)}
+    channels = [found[index] for index in range(len(layers))]
+    there = torch.cat(channels).to(layers[0].weight.device).split([len(indices) for indices in channels])
+    return [indices if len(indices) else None for indices in there]
+
+
+@cache
+def count_optimizer_steps() -> None:
+    """Let each step of any optimiser raise the versions of its parameters, as PyTorch's fused ones do not."""
+
+    def count(optimizer: Optimizer, *_: object) -> None:
+        increment_version([parameter for group in optimizer.param_groups for parameter in group["params"]])
+
+    register_optimizer_step_post_hook(count)
 
 
 class SavedChannels:

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 import libs
 from libs import ABN, InPlaceABN, ops
 from libs.native import KERNELS
-from libs.precision import imprecise_channels
+from libs.precision import Affine, imprecise_channels
 
 ACTIVATIONS = ("leaky_relu", "elu", "identity")
 SHAPES = [(3, 5, 7, 9), (2, 5, 1, 1), (1, 5, 3, 4), (4, 5, 11), (6, 5), (2, 5, 2, 3, 4), (2, 37, 19, 23)]
@@ -362,5 +363,40 @@ def test_kernels_are_built_where_there_is_a_compiler():
 def test_elu_is_imprecise_near_its_floor():
     """e⁻ᶻ - 1 at z = bias - 2 scale; the bias itself where it is large beside the scale."""
     weight, bias = torch.ones(4), torch.tensor([-3.0, 0.0, 3.0, 9.0])
-    assert imprecise_channels(weight, bias, 1e-5, "elu").tolist() == [0, 3]
-    assert imprecise_channels(weight, bias, 1e-5, "leaky_relu").tolist() == [3]
+    layers = [Affine(weight, bias, 1e-5, kind) for kind in ("elu", "leaky_relu")]
+    layers += [Affine(weight[:3], bias[:3], 1e-5, "identity"), Affine(weight, 9 * bias, 1e-5, "leaky_relu")]
+    found = imprecise_channels(layers)
+    assert [None if x is None else x.tolist() for x in found] == [[0, 3], [3], None, [0, 2, 3]]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("fused", [True, False])
+def test_imprecise_channels_follow_the_optimizer(kind, fused, monkeypatch):
+    """As on a GPU: known for a state of the parameters, and found anew for all layers at once."""
+    layers = [InPlaceABN(3, activation=activation) for activation in ("identity", "leaky_relu")]
+    searches = []
+
+    def search(layers):
+        searches.append(len(layers))
+        return imprecise_channels(layers)
+
+    monkeypatch.setattr("libs.modules.imprecise_channels", search)
+    monkeypatch.setattr("libs.modules._ON_STREAM", defaultdict(set))
+
+    def known():
+        found = [layer._known_channels(layer._affine(), "stream") for layer in layers]
+        return [None if channels is None else channels.tolist() for channels in found]
+
+    assert known() == known() == [None, None]
+    assert searches == [1, 1]  # the first did not know the second yet
+    biases = [layer.bias for layer in layers]
+    optimizer = kind(biases, 10.0, fused=fused)
+    for index, bias in enumerate(biases):
+        bias.grad = -torch.eye(3)[index]
+    optimizer.step()
+    assert known() == known() == [[0], [1]]
+    assert searches == [1, 1, 2]
+    with torch.no_grad():
+        biases[1].zero_()
+    assert known() == [[0], None]
+    assert searches == [1, 1, 2, 1]
