@@ -59,16 +59,15 @@ from training.recipes import find_recipe
 from training.snapshots import find_checkpoint
 from utils.arguments import OutputError, UsageError, parse_options, run_script
 from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.distributed import Process, choose_devices, process_group
+from utils.distributed import Process, process_group
 from utils.files import write_atomically
 
 
 def main() -> None:
     options = parse_options(EvaluationOptions, __doc__)
-    devices = choose_devices(options.gpu)
-    if len(devices) > 1:
+    if "," in options.gpu:
         raise UsageError(f"--gpu {options.gpu}: evaluation takes one GPU for each process; use torchrun")
-    with process_group(devices) as process:
+    with process_group(options.gpu) as process:
         with process.all_or_none():
             evaluation = build(options, process)
         began = time.perf_counter()

@@ -9,6 +9,7 @@ startup.prepare()  # before imports that take seconds
 
 import hashlib
 import importlib
+import io
 import json
 import logging
 import warnings
@@ -274,7 +275,9 @@ def write_pt2(module: Logits, described: dict[str, str], path: Path) -> Runner:
         except Exception as error:  # of many kinds, some of them a user's head's own
             raise cannot_export(error) from None
         texts = {"metadata.json": json.dumps(described, indent=1, ensure_ascii=False)}
-        torch.export.save(program, path, extra_files=texts)
+        contents = io.BytesIO()  # on a full disk PyTorch's own writer ends the process
+        torch.export.save(program, contents, extra_files=texts)
+        path.write_bytes(contents.getbuffer())
         return torch.export.load(path).module()
 
 

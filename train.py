@@ -30,7 +30,7 @@ from training.run import Run, is_due
 from training.snapshots import Snapshots, find_checkpoint
 from training.step import build_step, make_deterministic, set_rates
 from utils.arguments import run_script
-from utils.distributed import Process, choose_devices, process_group
+from utils.distributed import Process, process_group
 from utils.memory import FreedMemory
 
 LOG_EVERY = 10  # steps; reading a loss waits for the device, so it is not done at every step
@@ -45,10 +45,10 @@ def main() -> None:
         return
     if options.deterministic:
         make_deterministic()
-    with process_group(choose_devices(options.gpu)) as process:
+    with process_group(options.gpu) as process:
         with process.all_or_none():
             run, remarks = build(command, process)
-        check_same_start(process, run.data.images, run.first_step)
+        check_same_start(process, run.data.images, run.first_step, run.recipe, options.joint())
         with ExitStack() as stack:
             with process.all_or_none():
                 if process.is_main:

@@ -29,7 +29,7 @@ from instances.options import HelpFormatter
 from instances.pictures import draw_instances
 from instances.train import checkpoints
 from utils.arguments import run_script
-from utils.distributed import Process, choose_devices, process_group
+from utils.distributed import Process, process_group
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCOeval.stats
 Detection = dict[str, Any]
@@ -198,7 +198,7 @@ def main(args: argparse.Namespace) -> None:
         if not found:
             raise InstancesError(f"{path}: holds no instances_*.pth")
         path = found[-1]
-    with process_group(choose_devices(args.gpu)) as process:
+    with process_group(args.gpu) as process:
         evaluate(args, path, process)
 
 

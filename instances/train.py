@@ -22,7 +22,7 @@ from instances.model import build_model, norm_eps_of, start_from
 from instances.options import PRECISIONS, config_of, parse_args
 from utils.arguments import run_script
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from utils.distributed import Process, choose_devices, process_group
+from utils.distributed import Process, process_group
 
 # Settings that change a run's numbers: resuming with another value would not be the same run.
 DEFINING = (
@@ -290,7 +290,7 @@ class Log:
 def main(args: argparse.Namespace) -> None:
     for package in ("torchvision", "pycocotools.mask"):
         require(package)
-    with process_group(choose_devices(args.gpu)) as process:
+    with process_group(args.gpu) as process:
         if args.amp == "fp16" and process.device.type == "cpu":
             raise UsageError("--amp fp16 is for GPUs, where it is fast; --amp bf16 also runs on a CPU")
         data = read_split(args.data_dir, args.split)

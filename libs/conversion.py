@@ -2,16 +2,23 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from libs.functions import scale_of
 from libs.modules import ABN
 
 
 def freeze(module: nn.Module) -> None:
-    """Fix statistics and affine parameters of all ABN layers, also when ``module.train()`` is called."""
+    """Fix statistics and affine parameters of all ABN and BatchNorm layers, also after ``module.train()``."""
     for layer in module.modules():
         if isinstance(layer, ABN):
             layer.freeze()
+        elif isinstance(layer, _BatchNorm):
+            layer.requires_grad_(False).eval().register_forward_pre_hook(_to_evaluation)
+
+
+def _to_evaluation(layer: nn.Module, _: object) -> None:
+    layer.eval()
 
 
 def activation_of(layer: ABN) -> nn.Module:
@@ -84,6 +91,7 @@ def fold(conv: nn.Conv2d, layer: ABN) -> nn.Conv2d:
         conv.dilation,  # type: ignore[arg-type]
         conv.groups,
         padding_mode=conv.padding_mode,
+        device="meta",  # no weights are drawn: evaluating in the midst of a run must not change it
     )
     folded.weight = parameter(conv.weight * factor.view(-1, 1, 1, 1))
     folded.bias = parameter(offset if conv.bias is None else conv.bias * factor + offset)

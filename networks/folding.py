@@ -1,8 +1,10 @@
 """Networks for inference only: normalisation as part of the convolutions before it."""
 
 import copy
+from collections import Counter
 from itertools import pairwise
 from types import FunctionType
+from typing import Any
 
 from torch import nn
 
@@ -17,17 +19,22 @@ def fold_norms(model: nn.Module) -> nn.Module:
     the activation stays. Outputs agree to rounding (1e-5 in fp32).
     """
     folded = copy.deepcopy(model).eval()
-    uses = [id(module) for _, module in folded.named_modules(remove_duplicate=False)]
+    places = Counter(id(module) for _, module in folded.named_modules(remove_duplicate=False))
     for module in list(folded.modules()):
-        for conv_name, norm_name in norm_pairs(module):
-            conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
-            if not (type(conv) is nn.Conv2d and isinstance(norm, ABN)):
-                continue
-            # A layer that has another place in the network too does not belong to this pair alone.
-            if uses.count(id(conv)) == uses.count(id(norm)) == 1:
-                setattr(module, conv_name, fold(conv, norm))
-                setattr(module, norm_name, activation_of(norm))
+        pairs = [pair for pair in norm_pairs(module) if _can_be_one(*map(module.get_submodule, pair))]
+        in_pairs = Counter(name for pair in pairs for name in pair)
+        for conv_name, norm_name in pairs:
+            conv: Any = module.get_submodule(conv_name)
+            norm: Any = module.get_submodule(norm_name)
+            # A layer that has a second place or partner does not belong to this pair alone.
+            if max(places[id(conv)], places[id(norm)], in_pairs[conv_name], in_pairs[norm_name]) == 1:
+                module.set_submodule(conv_name, fold(conv, norm))
+                module.set_submodule(norm_name, activation_of(norm))
     return folded
+
+
+def _can_be_one(conv: nn.Module, norm: nn.Module) -> bool:
+    return type(conv) is nn.Conv2d and isinstance(norm, ABN)
 
 
 def norm_pairs(module: nn.Module) -> list[tuple[str, str]]:

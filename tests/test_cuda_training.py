@@ -27,7 +27,7 @@ SMALL = ("--backbone", "resnet18", "--input-size", "65,81", "--num-workers", "1"
 @pytest.mark.parametrize("amp", PRECISIONS)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_waits_for_its_imprecise_channels_alone(amp, accumulate):
-    """In half types InPlaceABN has to know them: once a step for each of the two kinds of layer, not for each."""
+    """In half types InPlaceABN has to know them: once a step for each of two kinds of layer."""
     torch.manual_seed(0)
     device = torch.device("cuda", 0)
     network = build_model(num_classes=5, backbone="resnet18").to(device, memory_format=torch.channels_last)

@@ -92,6 +92,11 @@ class RunOptions(DataOptions):
             raise DataError(f"{where}: has images without labels, which --val-every cannot score")
         return pairs
 
+    def joint(self) -> dict[str, object]:
+        """What decides when processes exchange something, and so must be the same in all of them."""
+        names = ("val_every", "val_split", "val_list", "save_pred_every", "compile", "checkpoint_activations")
+        return {name: getattr(self, name) for name in names}
+
     @property
     def num_gpus(self) -> int:
         """Devices of this process."""

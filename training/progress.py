@@ -19,6 +19,8 @@ from training.step import TrainingError
 from utils.distributed import Process
 from utils.files import write_atomically
 
+KEPT = "earlier checkpoints are kept, a lower --learning-rate may help"
+
 
 class LogError(RuntimeError):
     """A log that cannot be read or written: one line that names the file and the reason."""
@@ -65,7 +67,7 @@ class Progress:
             LogError: the disk is full, the folder was removed …
         """
         with self._writing():
-            finite = {name: None if _is_not_finite(value) else value for name, value in values.items()}
+            finite = {name: _finite(value) for name, value in values.items()}
             line = {"step": step} | finite | {"step": step}  # even if a user's loss has that name too
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
@@ -157,15 +159,17 @@ class LossWindow:
         for index, loss in enumerate(table[:, names.index("loss")].tolist()):
             if not math.isfinite(loss):  # in all processes alike
                 fault = f"step {step - count + 1 + index}: the loss is {loss}"
-                advice = "earlier checkpoints are kept, a lower --learning-rate may help"
-                self.process.raise_if_any_failed(TrainingError(f"{fault}; {advice}"))
+                self.process.raise_if_any_failed(TrainingError(f"{fault}; {KEPT}"))
         self._losses, self._seconds = [], 0.0
         means = dict(zip(names, table.mean(0).tolist(), strict=True))
         return means | {"images_per_second": count * self.batch_size / seconds}
 
 
-def _is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def _finite(value: Any) -> Any:
+    """The value, None in the place of NaN and infinity."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def was_logged(directory: Path, step: int, name: str) -> bool:
@@ -176,13 +180,14 @@ def was_logged(directory: Path, step: int, name: str) -> bool:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
         raise LogError(f"{path}: cannot read this log ({error}); move it away to start a new one") from None
+    return [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of ``log.jsonl``; infinity for one that a kill cut short."""
+    """The step of a line of ``log.jsonl``; infinity for one that has none."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

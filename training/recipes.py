@@ -117,6 +117,8 @@ class Recipe:
         except ValueError as error:
             raise UsageError(str(error)) from None
         changed._check_together()
+        if changed.random_affine and values.get("random_scale"):
+            raise UsageError("--random-affine and --random-scale exclude each other")
         return changed
 
     def _check_together(self) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dataset import DatasetSpec
 from networks.config import FLAT_SETTINGS, NetworkConfig
 from training.recipes import Recipe, describe_changes, recipe_from_dict, recipe_to_dict
@@ -171,9 +173,12 @@ def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
         group.update(options)
         for parameter in group["params"]:
             momentum = optimizer.state[parameter].get("momentum_buffer")
-            # The fused optimiser would read beyond a smaller one.
-            if momentum is not None and momentum.shape != parameter.shape:
+            if momentum is None:
+                continue
+            if momentum.shape != parameter.shape:
                 raise ValueError(f"momentum of shape {tuple(momentum.shape)} for {tuple(parameter.shape)}")
+            # The fused optimiser takes it to lie in memory as the parameter does.
+            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
     complete_momentum(optimizer)
 
 
@@ -183,20 +188,35 @@ def _whole_number(step: object) -> int:
     return step
 
 
-def check_same_start(process: Process, images: str, step: int) -> None:
-    """All processes, perhaps on several machines, must see the same data and the same checkpoint.
+def check_same_start(
+    process: Process, data: str, step: int, recipe: Recipe, options: Mapping[str, Any]
+) -> None:
+    """All processes, perhaps started on several machines, must have the same files and settings.
+
+    Args:
+        data: fingerprint of the training images.
+        step: the steps that are done.
+        recipe: the run's.
+        options: other values that must be equal, by their flags' names.
 
     Raises:
-        CheckpointError: in the main process, if they do not; PeerError in the others.
+        CheckpointError: in the main process, where files differ; PeerError in the others.
+        UsageError: likewise, where settings differ.
     """
-    starts = process.all_gather_object((images, step))
-    other = next((rank for rank, start in enumerate(starts) if start != starts[0]), None)
-    if other is None:
+    starts = process.all_gather_object((f"{data} at step {step}", recipe, dict(options)))
+    number = next((rank for rank, start in enumerate(starts) if start != starts[0]), None)
+    if number is None:
         return
     if not process.is_main:
         raise PeerError
-    (images, step), (other_images, other_step) = starts[0], starts[other]
-    raise CheckpointError(
-        f"the processes would start from different files: {images} at step {step}, but process {other} has "
-        f"{other_images} at step {other_step}; all machines must see the same --data-dir and --snapshot-dir"
-    )
+    (files, recipe, options), (other_files, other_recipe, other_options) = starts[0], starts[number]
+    if files != other_files:
+        raise CheckpointError(
+            f"the processes would start from different files: {files}, but process {number} has "
+            f"{other_files}; all machines must see the same --data-dir and --snapshot-dir"
+        )
+    differ = describe_changes(recipe, other_recipe)
+    differ += [
+        f"{name} {x} → {other_options[name]}" for name, x in options.items() if x != other_options[name]
+    ]
+    raise UsageError(f"process {number} was started with other settings: {', '.join(differ)}")

@@ -11,12 +11,12 @@ from dataset import Batch, StepSampler, load_batches
 from training.data import TrainingData
 from training.interruption import Interruption
 from training.options import RunOptions
-from training.progress import Progress, was_logged
+from training.progress import KEPT, Progress, was_logged
 from training.provenance import describe, summary, write_run_file
 from training.recipes import Recipe
 from training.resumption import run_state
 from training.snapshots import Snapshots, checkpoint_size
-from training.step import TrainStep
+from training.step import TrainingError, TrainStep, rate_after
 from utils.distributed import Process
 
 
@@ -70,7 +70,7 @@ class Run:
         """Read how good the best checkpoint so far is; in all processes."""
         with self.process.all_or_none():
             if self.process.is_main:
-                self.best_miou = self.snapshots.best_miou(self.data.validation_images)
+                self.best_miou = self.snapshots.best_miou(self.data.validation_images, self.recipe.fit)
         self.best_miou = self.process.all_gather_object(self.best_miou)[0]
 
     def batches(self) -> Iterator[Batch]:
@@ -88,10 +88,21 @@ class Run:
         return Progress(self.options.snapshot_dir, self.first_step, self.recipe.num_steps)
 
     def log(self, step: int, losses: dict[str, float], progress: Progress | None) -> None:
-        """Write the losses of the last steps and the state of the optimiser."""
+        """Write the losses of the last steps, the recipe's rate and what else is measured; in all processes.
+
+        Raises:
+            TrainingError: the last step's gradient is infinite or not a number, and so are its weights.
+        """
+        measured = self.step.measurements()
+        if (
+            measured["gradient_norm"] is None and not self.step.scaler.is_enabled()
+        ):  # fp16 leaves such a step out
+            fault = f"step {step}: the gradient is not finite; {KEPT}"
+            self.process.raise_if_any_failed(TrainingError(fault))
         if progress:
-            self.snapshots.prune()  # losses are finite, so are the weights they come from
-            progress.losses(step, losses | self.step.measurements())
+            self.snapshots.prune()  # losses and gradient are finite, so are the weights
+            rate = rate_after(step - 1, self.recipe, self.recipe.learning_rate)
+            progress.losses(step, losses | {"learning_rate": rate} | measured)
 
     def state(self, step: int) -> dict[str, Any]:
         """The checkpoint of a step; in all processes."""
@@ -108,7 +119,7 @@ class Run:
         """Write the best checkpoint if no scores before were as good as these; in all processes."""
         if scores["mIoU"] <= self.best_miou:
             return False
-        validation = {"step": step, "images": self.data.validation_images, **scores}
+        validation = {"step": step, "images": self.data.validation_images, "fit": self.recipe.fit, **scores}
         checkpoint = self.state(step) | {"validation": validation}
         with self.process.all_or_none():
             if self.process.is_main:

@@ -59,19 +59,32 @@ class Snapshots:
         """Write the best checkpoint in place of the one before; ``contents["validation"]`` says how good."""
         save_checkpoint(contents, self.best_path)
 
-    def best_miou(self, images: str) -> float:
-        """The mIoU of the best checkpoint on those images (a fingerprint), -1 if there is none.
+    def best_miou(self, images: str, fit: object = None) -> float:
+        """The mIoU of the best checkpoint, -1 if there is none.
+
+        Args:
+            images: fingerprint of those that this run validates on.
+            fit: how it scales them.
 
         Raises:
-            CheckpointError: it is damaged.
+            CheckpointError: it is damaged, or was scored otherwise, so that nobody can tell which is better.
         """
         if not self.best_path.is_file():
             return -1.0
         try:
             validation = load_checkpoint(self.best_path).get("validation", {})
         except CheckpointError as error:
-            raise CheckpointError(f"{error}, or move it away: the run goes on without it") from None
-        return float(validation["mIoU"]) if validation.get("images") == images else -1.0
+            raise CheckpointError(f"{error}; once it is moved away, the run goes on without it") from None
+        then, now = (validation.get("images"), validation.get("fit", fit)), (images, fit)
+        if then != now:
+            before, after = (
+                f"on {x} ({f'scaled to {size}' if size else 'not scaled'})" for x, size in (then, now)
+            )
+            raise CheckpointError(
+                f"{self.best_path}: was scored {before}, now it would be {after}: they cannot be compared; "
+                "validate as then, or move the file away"
+            )
+        return float(validation["mIoU"])
 
     @contextmanager
     def locked(self) -> Iterator[None]:

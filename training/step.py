@@ -61,14 +61,22 @@ def set_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> No
     """Set the rate of each parameter group, from its own initial one, for the step after ``step`` steps.
 
     Raises:
+        TrainingError: as ``rate_after``.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate_after(step, recipe, group["initial_lr"])
+
+
+def rate_after(step: int, recipe: Recipe, initial: float) -> float:
+    """The rate for the step after ``step`` steps, of a group that began with ``initial``.
+
+    Raises:
         TrainingError: the schedule returns a negative or infinite rate, or none.
     """
-    schedule = SCHEDULES[recipe.schedule]
-    for group in optimizer.param_groups:
-        rate = schedule(group["initial_lr"], step, recipe.num_steps, recipe.power)
-        if not 0 <= rate < math.inf:
-            raise TrainingError(f"--schedule {recipe.schedule}: the rate after {step} steps is {rate}")
-        group["lr"] = rate
+    rate = SCHEDULES[recipe.schedule](initial, step, recipe.num_steps, recipe.power)
+    if not 0 <= rate < math.inf:
+        raise TrainingError(f"--schedule {recipe.schedule}: the rate after {step} steps is {rate}")
+    return rate
 
 
 def keeps_buffers_equal(network: nn.Module, world_size: int) -> bool:
@@ -245,7 +253,6 @@ class TrainStep:
         """What is logged beside the losses; waits for the device."""
         norm = self.gradient_norm().item()
         return {
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
             "gradient_norm": norm if math.isfinite(norm) else None,
             "memory_mib": peak_memory_mib(self.process.devices),
         }

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -166,20 +166,26 @@ def choose_devices(gpu: str) -> tuple[torch.device, ...]:
 
 
 @contextmanager
-def process_group(devices: tuple[torch.device, ...]) -> Iterator[Process]:
-    """Join the other processes if torchrun started this one. The process then ends by ``exit_process``.
+def process_group(gpu: str) -> Iterator[Process]:
+    """This process with its devices, ``choose_devices(gpu)``, joined to the others if torchrun started it.
+
+    It then ends by ``exit_process``.
 
     Raises:
-        PeerError: the connection to another process broke, since that one has ended.
+        DeviceError: as ``choose_devices``.
+        PeerError: another process has no such device, or has ended and broken the connection.
     """
     if world_size() == 1:
-        yield Process(devices)
+        yield Process(choose_devices(gpu))
         return
     # Gloo beside nccl: what the processes tell each other about their state must not wait for a GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if devices[0].type == "cuda" else "gloo")
-    process = Process(devices, dist.get_rank(), dist.get_world_size())
+    on_gpu = gpu != "cpu" and torch.cuda.is_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    process = Process((torch.device("cpu"),), dist.get_rank(), dist.get_world_size())
     try:
-        yield process
+        with process.all_or_none():  # joined before, or the others would wait for one that lacks a device
+            devices = choose_devices(gpu)
+        yield replace(process, devices=devices)
     except RuntimeError as error:
         if not _is_broken_connection(error):
             raise

@@ -103,6 +103,8 @@ def test_each_epoch_is_a_new_permutation(dataset):
 def test_another_seed_is_another_run(dataset):
     other = TrainDataset(dataset.pairs, dataset.labels, dataset.transform, seed=6)
     assert not same(batches(dataset, 0, StepSampler(4, 0, 2)), batches(other, 0, StepSampler(4, 0, 2)))
+    positions = range(4 * len(dataset.pairs))
+    assert [dataset.sample(position)[0] for position in positions] != [other.sample(p)[0] for p in positions]
 
 
 def test_loading_leaves_the_runs_random_generators_alone(dataset):

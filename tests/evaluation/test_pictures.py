@@ -24,9 +24,12 @@ def test_panels_show_image_label_and_prediction(frames):
     axes = (frames,) if frames else ()
     images, labels = torch.zeros(2, 3, *axes, 9, 17), torch.zeros(2, *axes, 9, 17, dtype=torch.uint8)
     labels[1] = 1
-    logits = torch.zeros(2 * (frames or 1), 2, 3, 4)
+    logits = torch.zeros(2 * (frames or 1), 3, 3, 4)
     logits[-(frames or 1) :, 1] = 1  # of the second sample
-    table = generic_table(2)
+    table = generic_table(3)
+    if frames:
+        images[:, :, 1:], labels[:, 1:] = 3, 255
+        logits[:frames][1:, 2] = logits[frames:][1:, 2] = 9  # not of the first frames
     for index, panel in enumerate(
         panels(Batch(images, labels, torch.arange(2)), logits, 5, table, Normalization())
     ):

@@ -111,6 +111,8 @@ def test_size_and_memory_decide_how(model, monkeypatch):
     monkeypatch.setattr("evaluation.predictor.available_memory", lambda device: memory)
     assert predictor.goes_whole(1024 * 2048)
     assert not predictor.goes_whole(4000 * 6000)
+    memory = 1.5 * 800 * 1000
+    assert not predictor.goes_whole(1000)
     memory = 10**9
     assert predictor.goes_whole(1024 * 2048)  # as decided for the picture before
     predictor = Predictor(model, "cpu")
@@ -249,15 +251,20 @@ def test_damaged_weights():
 def test_the_hub_gives_the_same(model, tmp_path):
     path = tmp_path / "CS_scenes_1.pth"
     network = {"num_classes": 4, "backbone": "resnet18"}
-    recipe = {"input_size": (33, 41), "clip": 1}
+    recipe = {"input_size": (33, 41), "clip": 1, "eval_short_side": 24}
     torch.save(
         {"model": model.state_dict(), "network": network, "recipe": recipe, "data": data_of(TABLE)}, path
     )
-    image = picture(40, 50)
+    image, sizes = picture(40, 50), []
     hub = torch.hub.load(str(ROOT), "ccnet", source="local", checkpoint=tmp_path, device="cpu", amp="off")
     assert hub.tile_size == (33, 41)
     assert hub.names == TABLE.names
-    assert (hub(image) == Predictor(model, "cpu", amp="off")(image)).all()
+    run = hub._run
+    hub._run = lambda x: sizes.append(tuple(x.shape)) or run(x)
+    here = Predictor(model, "cpu", amp="off")
+    here.fit = 24
+    assert (hub(image) == here(image)).all()
+    assert sizes == [(1, 3, 24, 30)]
 
 
 def test_batches_are_as_large_as_half_of_the_memory_allows(model, monkeypatch):
@@ -267,6 +274,8 @@ def test_batches_are_as_large_as_half_of_the_memory_allows(model, monkeypatch):
     monkeypatch.setattr(predictor, "_run", lambda x: sizes.append(len(x)) or run(x))
     predictor.predict_batch([picture(24, 32)] * 5)
     assert sizes == [2, 2, 1]
+    predictor.scales = (2.0,)  # four times the pixels
+    assert predictor._together((24, 32, 3)) == 1
 
 
 @pytest.mark.parametrize("recurrence", [None, 1])

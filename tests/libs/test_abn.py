@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from libs import ABN, InPlaceABN, InPlaceABNSync, fold, replace_by_batch_norm, to_batch_norm
+from libs import ABN, InPlaceABN, InPlaceABNSync, fold, freeze, replace_by_batch_norm, to_batch_norm
 from libs.modules import keep_statistics
 
 CLASSES = [ABN, InPlaceABN, InPlaceABNSync]
@@ -134,6 +134,20 @@ def test_a_frozen_layer_stays_frozen_as_batch_norm():
     layer.freeze()
     norm = to_batch_norm(layer)
     assert not norm.training and not any(x.requires_grad for x in norm.parameters())
+
+
+@pytest.mark.parametrize("kind", [ABN, nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_frozen_layers_stay_frozen(kind):
+    """PyTorch's too, which a backbone of one's own may have; copies as well."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), kind(4))
+    freeze(network)
+    network = copy.deepcopy(network.train())
+    state = copy.deepcopy(network[1].state_dict())
+    network(torch.randn(2, 3, 5, 6)).sum().backward()
+    for name, value in network[1].state_dict().items():
+        assert torch.equal(value, state[name])
+    assert network[0].weight.grad is not None
+    assert all(x.grad is None and not x.requires_grad for x in network[1].parameters())
 
 
 @pytest.mark.parametrize("kind", [ABN, InPlaceABN])

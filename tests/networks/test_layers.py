@@ -27,6 +27,7 @@ def test_numbers_are_uniform_and_independent():
             assert float(spread) == pytest.approx((0.09 / count) ** 0.5, rel=0.15)
         for other in (
             uniform(keys, 512, stream=1),
+            uniform(keys, 512, stream=1).roll(2, 1),
             uniform(keys + 1, 512),
             numbers.roll(1, 1),
             numbers.roll(1, 0),

@@ -226,6 +226,11 @@ def test_load_model_understands_every_kind_of_our_checkpoints(tmp_path):
         assert not loaded.training
         assert same(model, loaded, model.state_dict())
     assert load_model(path, recurrence=3)[0].head.recurrence == 3
+    plain = tiny(stem="plain")
+    torch.save({"model": plain.state_dict(), "settings": {"num_classes": 3, "recurrence": 1}}, path)
+    assert load_model(path)[1] == NetworkConfig(
+        backbone="resnet18", num_classes=3, recurrence=1, stem="plain"
+    )
     torch.save(model.state_dict(), path)
     assert load_model(path)[1] == NetworkConfig(backbone="resnet18", num_classes=3)  # R as published
     for stem in STEMS:

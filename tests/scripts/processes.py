@@ -58,9 +58,12 @@ def free_port():
 
 
 class Processes:
-    """``count`` processes of a script as torchrun starts them; but nobody ends the others when one fails."""
+    """``count`` processes of a script as torchrun starts them; but nobody ends the others when one fails.
 
-    def __init__(self, folder, script, *arguments, count=1):
+    Variables in the arguments are replaced by their values, which ``environments`` may hold for each process.
+    """
+
+    def __init__(self, folder, script, *arguments, count=1, environments=None):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         port = free_port()
@@ -73,6 +76,7 @@ class Processes:
         self.processes = []
         for rank in range(count):
             environment = together | {"RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
+            environment |= environments[rank] if environments else {}
             process = CONTEXT.Process(
                 target=run,
                 args=(

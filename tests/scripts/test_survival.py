@@ -246,6 +246,32 @@ def test_a_worker_that_dies(demo_data, tmp_path, count):
     assert newest_step(folder) >= 2
 
 
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_gradient_that_is_not_finite_at_the_end(call, demo_data, tmp_path, monkeypatch, amp):
+    """No later loss tells of it, and its weights must not be all that is left; fp16 leaves out the step."""
+    options = ("--data-dir", demo_data, "--snapshot-dir", tmp_path, *THIN, "--batch-size", 2, "--amp", amp)
+    assert call("train.py", *options, "--num-steps", 1).status == 0
+    monkeypatch.setattr("training.step.TrainStep.gradient_norm", lambda step: torch.tensor(float("inf")))
+    result = call("train.py", *options, "--num-steps", 2, "--keep-last", 1, "--resume")
+    if amp == "fp16":
+        assert result.status == 0, result.error
+        assert newest_step(tmp_path) == 2
+    else:
+        assert result.status == 1
+        assert "step 2: the gradient is not finite; earlier checkpoints are kept" in result.error
+        assert newest_step(tmp_path) == 1
+
+
+def test_a_process_without_its_device_ends_the_others(demo_data, tmp_path):
+    """As on machines with different numbers of GPUs: it joins first, so that it can tell them."""
+    options = ("--data-dir", demo_data, "--snapshot-dir", tmp_path / "run", "--gpu", "$DEVICE")
+    devices = ({"DEVICE": "cpu"}, {"DEVICE": "none"})
+    run = Processes(tmp_path, "train.py", *options, count=2, environments=devices)
+    assert run.wait() == [1, 2]
+    assert run.error(0) == ""
+    assert "--gpu none: expected auto, cpu, or numbers of GPUs" in run.error(1)
+
+
 def test_a_loss_that_is_not_finite_in_two_processes(demo_data, tmp_path):
     folder = tmp_path / "run"
     run = start(demo_data, folder, "--num-steps", 20, "--learning-rate", 1e20, "--ohem", 0, count=2)

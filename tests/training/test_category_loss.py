@@ -90,6 +90,7 @@ def test_embeddings_that_coincide_have_finite_gradients():
 def test_larger_labels_are_read_where_the_positions_lie():
     target = torch.arange(9 * 17).view(1, 9, 17)
     assert labels_at(target, 3, 5)[0].tolist() == [[y * 17 + x for x in (0, 4, 8, 12, 16)] for y in (0, 4, 8)]
+    assert labels_at(target[..., :6], 1, 3).tolist() == [[[0, 3, 5]]]  # between two the latter
     assert torch.equal(labels_at(target, 9, 17), target)
     assert labels_at(target, 1, 1).tolist() == [[[0]]]
     embedding, small = sample()

@@ -34,6 +34,8 @@ def test_the_published_recipe():
     assert (recipe.ohem, recipe.ohem_thres, recipe.ohem_keep, recipe.aux_weight) == (True, 0.7, 100000, 0.4)
     assert (recipe.network.backbone, recipe.network.recurrence) == ("resnet101", 2)
     assert RECIPES["ade20k"].short_sides == (300, 375, 450, 525, 600)
+    fits = {"cityscapes": None, "ade20k": 450, "lip": (473, 473), "camvid": 180}
+    assert {name: RECIPES[name].fit for name in fits} == fits
     assert (RECIPES["ade20k"].learning_rate, RECIPES["ade20k"].network.num_classes) == (2e-2, 150)
     lip = RECIPES["lip"]
     assert (lip.input_size, lip.learning_rate, lip.batch_size) == ((473, 473), 7e-3, 40)
@@ -74,6 +76,11 @@ def test_changes_are_told_with_both_values():
             {},
             {"random_affine": True, "short_sides": (5,)},
             "--random-affine and --short-sides exclude each other",
+        ),
+        (
+            {},
+            {"random_affine": True, "random_scale": True},
+            "--random-affine and --random-scale exclude each other",
         ),
         ({"recurrence": -1}, {}, "recurrence must be at least 0"),
     ],

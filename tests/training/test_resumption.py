@@ -6,11 +6,11 @@ from torch import nn
 
 from dataset import DATASETS
 from training.recipes import Recipe
-from training.resumption import Resumed, restore, run_state
+from training.resumption import Resumed, check_same_start, restore, run_state
 from training.step import TrainStep, build_optimizer
 from utils.arguments import UsageError
 from utils.checkpoint import CheckpointError
-from utils.distributed import Process
+from utils.distributed import PeerError, Process
 
 CPU = torch.device("cpu")
 
@@ -72,6 +72,52 @@ def test_other_images_and_another_network(tmp_path):
     recipe = Recipe().with_changes({"backbone": "resnet18"}, {})
     with pytest.raises(UsageError, match=r"--backbone resnet18 contradicts .*x\.pth, which has resnet101"):
         restore(resumed(tmp_path), step_of(Groups()), recipe, "the images")
+    recipe = Recipe().with_changes({"mean": (1.0, 2.0, 3.0)}, {})
+    with pytest.raises(UsageError, match=r"--mean \(1\.0, 2\.0, 3\.0\) contradicts"):
+        restore(resumed(tmp_path), step_of(Groups()), recipe, "the images")
+
+
+def test_momentum_gets_the_strides_of_its_parameter(tmp_path):
+    """A tool that copies a checkpoint may have lost them, and the fused optimiser does not look at them."""
+    now = step_of(Groups())
+    now.network.b.data = now.network.b.data.t()
+    momentum = torch.arange(4.0).view(2, 2)
+    optimizer = resumed(tmp_path).checkpoint["optimizer"]
+    optimizer["state"][1]["momentum_buffer"] = momentum
+    restore(resumed(tmp_path, optimizer=optimizer), now, Recipe(), "the images")
+    found = now.optimizer.state[now.network.b]["momentum_buffer"]
+    assert found.stride() == now.network.b.stride() == (1, 2)
+    assert torch.equal(found, momentum)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"data": "5 images"},
+            CheckpointError,
+            "4 images at step 3, but process 1 has 5 images at step 3; all",
+        ),
+        ({"step": 0}, CheckpointError, "4 images at step 3, but process 1 has 4 images at step 0; all"),
+        ({"recipe": Recipe(ohem_thres=0.5)}, UsageError, "process 1 .* other settings: ohem_thres 0.7 → 0.5"),
+        ({"options": {"val_every": 0}}, UsageError, "process 1 .* other settings: val_every 2 → 0"),
+    ],
+)
+def test_processes_that_were_started_otherwise(change, error, message):
+    """As on several machines, whose command lines and files may differ."""
+    start = {"data": "4 images", "step": 3, "recipe": Recipe(), "options": {"val_every": 2}}
+    gathered = []
+
+    class Gathering(Process):
+        def all_gather_object(self, value):
+            gathered.append(value)
+            return gathered if len(gathered) > 1 else [value, value]
+
+    check_same_start(Gathering((CPU,), 0, 2), **start)
+    with pytest.raises(error, match=message):
+        check_same_start(Gathering((CPU,), 0, 2), **(start | change))
+    with pytest.raises(PeerError):
+        check_same_start(Gathering((CPU,), 1, 2), **start)
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -51,11 +51,17 @@ def test_old_ones_go_and_the_best_stays(tmp_path, keep, left):
         assert (tmp_path / f"run_{step}.pth").exists()
         snapshots.prune()
         if step == 5:
-            snapshots.save_best(contents(step, validation={"step": 5, "mIoU": 0.25, "images": "a"}))
+            validation = {"step": 5, "mIoU": 0.25, "images": "a", "fit": 180}
+            snapshots.save_best(contents(step, validation=validation))
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"other_1.pth", "run_best.pth"} | {f"run_{step}.pth" for step in left}
-    assert snapshots.best_miou("a") == 0.25
-    assert snapshots.best_miou("b") == -1  # cannot be compared
+    assert snapshots.best_miou("a", 180) == 0.25
+    with pytest.raises(
+        CheckpointError, match=r"run_best.pth: was scored on a \(scaled to 180\), now .* on b"
+    ):
+        snapshots.best_miou("b", 180)
+    with pytest.raises(CheckpointError, match=r"\(scaled to 180\), now it would be on a \(not scaled\)"):
+        snapshots.best_miou("a")
     assert load_checkpoint(snapshots.best_path)["step"] == 5
     assert newest_or_best(tmp_path).name == "run_9.pth"
 
