@@ -29,7 +29,7 @@ from training.resumption import Resumed, check_same_start, find_resumed, restore
 from training.run import Run, is_due
 from training.snapshots import Snapshots, find_checkpoint
 from training.step import build_step, make_deterministic, set_rates
-from utils.arguments import run_script
+from utils.arguments import UsageError, run_script
 from utils.distributed import Process, process_group
 from utils.memory import FreedMemory
 
@@ -89,11 +89,14 @@ def build(command: Command, process: Process) -> tuple[Run, list[str]]:
     config = recipe.network
     if config.norm == "auto":
         config = replace(config, norm="sync" if process.parts > 1 else "inplace_abn")
-    network = build_model(
-        config,
-        checkpoint_activations=options.checkpoint_activations,
-        embedding_channels=CCL_CHANNELS if recipe.ccl else 0,
-    )
+    try:
+        network = build_model(
+            config,
+            checkpoint_activations=options.checkpoint_activations,
+            embedding_channels=CCL_CHANNELS if recipe.ccl else 0,
+        )
+    except ValueError as error:  # of a backbone or head that somebody added
+        raise UsageError(f"--backbone {config.backbone}, --model {config.model}: {error}") from None
     network.to(process.device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     if recipe.freeze_bn:
         libs.freeze(network)

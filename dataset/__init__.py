@@ -21,13 +21,14 @@ from dataset.loader import (
 from dataset.options import DataOptions
 from dataset.source import DatasetSpec, Pair, fingerprint, list_samples
 from dataset.supervision import check_supervision
-from dataset.transforms import AffineTransform, Normalization, TrainTransform, short_side_size
+from dataset.transforms import LONGEST_SIDE, AffineTransform, Normalization, TrainTransform, short_side_size
 
 # The data sets known by name; a module of yours may add its own.
 DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in (CITYSCAPES, CAMVID, ADE20K, LIP)}
 
 __all__ = [
     "DATASETS",
+    "LONGEST_SIDE",
     "AffineTransform",
     "Batch",
     "Clip",

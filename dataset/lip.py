@@ -5,7 +5,7 @@ from pathlib import Path
 from dataset.labels import DataError, LabelTable
 from dataset.source import DatasetSpec, Pair, find_images, is_file, pair_images, read_lines
 
-# Stored as 0 .. 19, with PASCAL VOC's colours as the benchmark shows them.
+# Stored as 0 .. 19, with the colours in which the benchmark shows them.
 CLASSES: dict[str, tuple[int, int, int]] = {
     "background": (0, 0, 0),
     "hat": (128, 0, 0),

@@ -173,9 +173,12 @@ class AffineTransform:
         return _each_frame(transform_frame, image, label)
 
 
-def short_side_size(height: int, width: int, short_side: int, long_side: int = 1000) -> tuple[int, int]:
-    """Height and width with the given shorter side, or smaller where the longer one would be too long."""
-    factor = min(short_side / min(height, width), long_side / max(height, width))
+LONGEST_SIDE = 1000  # pixels, in ADE20K's protocol
+
+
+def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Height and width with the given shorter side, or smaller where the longer would pass LONGEST_SIDE."""
+    factor = min(short_side / min(height, width), LONGEST_SIDE / max(height, width))
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 

@@ -31,7 +31,8 @@ def trained_on(contents: Mapping[str, Any], path: Path) -> TrainedOn:
     settings = contents.get("recipe", contents.get("settings", {}))
     network, step, default = contents.get("network", settings), contents.get("step"), TrainedOn()
     damaged = not isinstance(settings, Mapping) or ("recipe" in contents and not isinstance(network, Mapping))
-    if damaged and "model" in contents:  # other programs have other things under these names
+    is_ours = "model" in contents  # other programs have other things under these names
+    if damaged and is_ours:
         kinds = f"{type(settings).__name__}, network {type(network).__name__}"
         raise CheckpointError(f"{path}: its settings are damaged (they are not named values, but {kinds})")
     if not isinstance(settings, Mapping):
@@ -44,6 +45,8 @@ def trained_on(contents: Mapping[str, Any], path: Path) -> TrainedOn:
         if min(*crop, clip) < 1 or short_side < 0 or not 0 <= ignore_label <= 255:
             raise ValueError(f"input_size {crop}, clip {clip}, ignore_label {ignore_label}")
     except (TypeError, ValueError) as error:
+        if not is_ours:
+            return default
         raise CheckpointError(f"{path}: its settings are damaged ({error})") from None
     return TrainedOn(
         crop=crop,

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dataset import short_side_size
+from dataset import LONGEST_SIDE, short_side_size
 
 # Images (B,3,H,W), or clips (B,3,T,H,W) and the index of one of their frames → logits (B,N,H,W) in fp32.
 Predict = Callable[..., Tensor]
 # What images are scaled to before they are predicted, their proportions kept: (height, width) into which they
-# are fitted, or their short side; None: nothing, they keep their size.
+# are fitted, or their short side (the long one is at most LONGEST_SIDE); None: they keep their size.
 Fit = tuple[int, int] | int | None
 
 NARROW = 16  # pixels; the backbone's strided convolutions see down to an eighth of it
@@ -96,8 +96,10 @@ def multi_scale(
 
 
 def describe_fit(fit: tuple[int, int] | int) -> str:
-    """In words: "a short side of 180" or "473x473 at most"."""
-    return f"a short side of {fit}" if isinstance(fit, int) else f"{fit[0]}x{fit[1]} at most"
+    """In words: "a short side of 180 (the long one at most 1000)" or "473x473 at most"."""
+    if isinstance(fit, int):
+        return f"a short side of {fit} (the long one at most {LONGEST_SIDE})"
+    return f"{fit[0]}x{fit[1]} at most"
 
 
 def scaled_sizes(size: Sequence[int], scales: Sequence[float], fit: Fit = None) -> list[tuple[int, int]]:

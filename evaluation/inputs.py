@@ -72,6 +72,8 @@ def _search(folder: Path, output_dir: Path) -> list[Path]:
         ):
             (found if path.suffix.lower() in suffixes else others).append(path)
     if not files:
+        if any(entry.name in (*FOLDERS, LEGEND) for entry in folder.iterdir()):
+            raise DataError(f"{folder}: holds nothing but results of an earlier call")
         raise DataError(f"{folder}: this folder is empty")
     if not found:
         raise DataError(

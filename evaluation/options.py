@@ -61,8 +61,8 @@ class EvaluationOptions(CheckpointOptions, DataOptions):
         group="protocol", metavar="S,S,…", exclusive_min=0, max=8,
     )  # fmt: skip
     short_sides: tuple[int, ...] = setting(
-        (), "lengths of the short side in pixels, instead of --scales (ADE20K's protocol)", group="protocol",
-        metavar="N,N,…", min=1, max=MAX_SIDE,
+        (), "lengths of the short side in pixels, the long one at most 1000, instead of --scales (ADE20K's "
+        "protocol)", group="protocol", metavar="N,N,…", min=1, max=MAX_SIDE,
     )  # fmt: skip
     fit: tuple[int, int] | tuple[()] | None = setting(
         None, "size that images are fitted into first; none: their own (default: what the recipe says)",

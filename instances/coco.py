@@ -302,7 +302,8 @@ def read_by_workers(loader: Iterable[Item]) -> Iterator[Item]:
         signal.signal(signal.SIGCHLD, handler)  # PyTorch's would raise it in the midst of a step
         yield from items
     except CocoError as error:
-        raise CocoError(str(error).strip().splitlines()[-1].split("CocoError: ")[-1]) from None
+        # From a worker the message arrives at the end of its traceback.
+        raise CocoError(str(error).split("CocoError: ")[-1].strip()) from None
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise

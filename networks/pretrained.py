@@ -1,5 +1,7 @@
 """Weights from files: a whole network for evaluation, or the start of a training run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +53,12 @@ def restore_model(contents: dict[str, Any], path: Path, **settings: Any) -> tupl
         hint = "; a file of yours that adds it is named by --recipe module:NAME" if is_unknown else ""
         raise CheckpointError(f"{path}: its settings make no network ({error}){hint}") from None
     state = to_our_names(state, model)
+    if "conv1.weight" in state and not any(name.startswith("head.") for name in state):
+        raise CheckpointError(f"{path}: is a backbone without a head; train a network that starts from it")
     _check_stem(state, model, path)
     auxiliary = () if any(name.startswith("dsn.") for name in state) else ("dsn.",)
-    load_weights(model, state, path, may_lack=auxiliary, skip=EMBEDDING)
+    with _cause_told(contents, model):
+        load_weights(model, state, path, may_lack=auxiliary, skip=EMBEDDING)
     return model.eval(), config
 
 
@@ -91,6 +96,22 @@ def _stem_by_shape(conv1: Tensor) -> str | None:
     return "plain" if conv1.shape[2:] == (7, 7) else None
 
 
+@contextmanager
+def _cause_told(contents: dict[str, Any], model: Segmenter) -> Iterator[None]:
+    """An error of weights that do not fit says so where the file is of another backbone or model."""
+    try:
+        yield
+    except CheckpointError as error:
+        causes = []
+        with suppress(ValueError, CheckpointError):
+            there = config_of(contents, model_state(contents, Path()))
+            for name in ("backbone", "model"):
+                value, own = getattr(there, name), getattr(model.config, name, None)
+                if value != own:
+                    causes.append(f"; its {name} is {value}, the network's {own}: --{name} {value}")
+        raise CheckpointError(f"{error}{''.join(causes)}") from None
+
+
 def _check_is_mmsegmentation(model: Segmenter, path: Path) -> None:
     """Refuse weights that mean something else in this network, though they may have its shapes."""
     if model.config is None:
@@ -121,6 +142,9 @@ def config_of(contents: dict[str, Any], state: dict[str, Tensor], **settings: An
         values = _config_by_shapes(state)
     if not isinstance(values, dict):
         raise ValueError(f"network is {type(values).__name__}, not a dict of settings")
+    model = {**values, **settings}.get("model", NetworkConfig.model)
+    if "recurrence" in settings and model in HEADS and "recurrence" not in HEADS[model].options:
+        raise ValueError(f"recurrence is given, model {model} has none")
     return NetworkConfig.from_dict({**values, **settings})
 
 
@@ -236,7 +260,8 @@ def start_from(model: Segmenter, contents: dict[str, Any], path: Path, new_class
     if new_classifiers:
         may_lack, skip = (*may_lack, *classifiers), (*skip, *classifiers)
     try:
-        load_weights(model, state, path, may_lack, skip)
+        with _cause_told(contents, model):
+            load_weights(model, state, path, may_lack, skip)
     except CheckpointError as error:
         other = [name for name in state if name in own and state[name].shape != own[name].shape]
         if new_classifiers or not other or not all(name in classifiers for name in other):

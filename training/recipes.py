@@ -41,7 +41,8 @@ class Recipe:
     random_scale: bool = setting(True, "scale images by 0.7, 0.8 … 2.1", group="augmentation")
     short_sides: tuple[int, ...] = setting(
         (),
-        "scale the short side to one of these pixels, whatever --random-scale says; none: by factors only",
+        "scale the short side to one of these pixels (the long one to at most 1000), whatever --random-scale "
+        "says; none: by factors only",
         group="augmentation",
         metavar="N,N,…",
         min=1,
@@ -54,8 +55,8 @@ class Recipe:
     )
     eval_short_side: int = setting(
         0,
-        "short side of images in validation and prediction; 0: the crop that --random-affine fits them into, "
-        "or their own size",
+        "short side of images in validation and prediction (the long one is at most 1000); 0: the crop that "
+        "--random-affine fits them into, or their own size",
         group="augmentation",
         metavar="N",
         min=0,

@@ -231,7 +231,10 @@ def run_script(main: Callable[[], None], program: str | None = None) -> None:
             elif isinstance(error, MemoryError):
                 print(f"{program}: error: {where}out of memory", file=sys.stderr)
         elif is_out_of_memory(error):
-            print(f"{program}: error: {where}out of memory; use smaller batches or tiles", file=sys.stderr)
+            print(
+                f"{program}: error: {where}out of memory; use smaller batches, tiles or images",
+                file=sys.stderr,
+            )
         elif world_size() == 1:
             raise
         else:

@@ -5,6 +5,7 @@ import shutil
 import pytest
 from PIL import Image
 
+from dataset import DataError
 from evaluation.inputs import find_inputs
 from utils.arguments import UsageError
 
@@ -46,3 +47,6 @@ def test_links_are_followed_and_folders_of_results_are_not_searched(tmp_path):
         shutil.copy(folder / "a.png", folder / "out" / name)
     names = [file.name for file in find_inputs([folder, folder], tmp_path / "other")]
     assert names == ["a", "b", "day/a", "out/more/c"]
+    shutil.rmtree(folder / "out" / "more")
+    with pytest.raises(DataError, match="out: holds nothing but results of an earlier call"):
+        find_inputs([folder / "out"], tmp_path / "other")

@@ -306,6 +306,7 @@ def test_networks_in_memory_are_ours(model):
         ({}, TrainedOn()),
         ({"recipe": {"lr": 3}, "settings": "abc"}, TrainedOn()),  # other programs'
         ({"settings": None, "network": "resnet"}, TrainedOn()),
+        ({"settings": {"input_size": 224}, "state_dict": {}}, TrainedOn()),
         ({"recipe": {"input_size": [3, 4], "random_affine": True}}, TrainedOn((3, 4), fit=(3, 4))),
         ({"recipe": {"eval_short_side": 180}, "step": 7}, TrainedOn(fit=180, step=7)),
         ({"settings": {"clip": 3, "ignore_label": 0}}, TrainedOn(clip=3, ignore_label=0)),

@@ -171,7 +171,7 @@ def test_scripts_without_torchvision_say_one_line(script, tmp_path, monkeypatch,
         (
             torch.OutOfMemoryError("CUDA out of memory"),
             1,
-            "program: error: out of memory; use smaller batches or tiles\n",
+            "program: error: out of memory; use smaller batches, tiles or images\n",
         ),
     ],
 )

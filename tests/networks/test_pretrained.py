@@ -253,6 +253,28 @@ def test_settings_that_make_no_network(tmp_path, network, reason):
         load_model(tmp_path / "x.pth")
 
 
+@pytest.mark.parametrize("recurrence", [1, 2])
+def test_rounds_of_a_network_that_has_none(tmp_path, recurrence):
+    torch.save(tiny(model="fcn").state_dict(), tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"x.pth: .*\(recurrence is given, model fcn has none\)"):
+        load_model(tmp_path / "x.pth", recurrence=recurrence)
+
+
+def test_a_backbone_alone_predicts_nothing(tmp_path):
+    names = tiny().backbone_names()
+    state = {name: value for name, value in tiny().state_dict().items() if name in names}
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"x\.pth: is a backbone without a head; train a"):
+        load_model(tmp_path / "x.pth")
+
+
+def test_what_does_not_fit_because_it_is_of_another_network(tmp_path):
+    state = tiny(model="pspnet").state_dict()
+    message = "does not fit this network; .*; its model is pspnet, the network's ccnet: --model pspnet$"
+    with pytest.raises(CheckpointError, match=message):
+        start_from(tiny(), state, tmp_path / "x.pth")
+
+
 @pytest.mark.parametrize("stem", STEMS)
 def test_a_backbone_with_plain_batch_norm_computes_the_same(stem):
     """Weights of any sign; ABN scales by |weight| + eps."""

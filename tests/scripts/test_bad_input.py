@@ -210,7 +210,10 @@ def test_checkpoints(call, script, fault, demo_data, tmp_path, trained):
         "architecture": f"{path}: does not fit this network; ",
         "pickle": f"{path}: refused, it holds pickled objects",
     }[fault]
-    assert message in one_line(result, script, 1)
+    line = one_line(result, script, 1)
+    assert message in line
+    if fault == "architecture":
+        assert line.endswith("; its backbone is resnet50, the network's thin: --backbone resnet50")
 
 
 def test_resuming_from_what_is_no_checkpoint_of_a_run(call, demo_data, tmp_path):

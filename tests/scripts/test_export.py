@@ -299,7 +299,8 @@ def test_the_size_that_pictures_are_scaled_to_is_told(call, trained, tmp_path):
     file = tmp_path / "model.pt2"
     result = call("export.py", "--restore-from", tmp_path / "x_1.pth", "--output", file)
     assert result.status == 0, result.error
-    assert "scales pictures to a short side of 48 first, this file does not" in result.out
+    scaled = "a short side of 48 (the long one at most 1000)"
+    assert f"note: predict.py scales pictures to {scaled} first, this file does not" in result.out
     texts = {"metadata.json": ""}
     torch.export.load(file, extra_files=texts)
     assert json.loads(json.loads(texts["metadata.json"])["fit"]) == 48
