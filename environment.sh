@@ -38,7 +38,7 @@ build_kernels() {
         return
     fi
     mkdir -p build
-    echo "kernels: compiling (half a minute, once; all output is in $log)"
+    echo "kernels: compiling (under a minute, once; all output is in $log)"
     "$PYTHON" setup.py build_ext --inplace >"$log" 2>&1 || echo "kernels: not built, see $log" >&2
     sed -n 's/^ccnet: /kernels: /p' "$log"
 }

@@ -15,6 +15,6 @@ def ccnet(checkpoint: str | Path, device: str = "auto", **options: Any) -> Predi
     Args:
         checkpoint: a file, or a folder to take the newest from.
         device: "auto", "cpu", "cuda" …
-        options: scales, flip, amp, whole, tile_size, batch_size, labels, num_classes, recurrence.
+        options: scales, flip, amp, whole, tile_size, batch_size, labels, num_classes, recurrence, fit.
     """
     return Predictor(find_checkpoint(Path(checkpoint)), device, **options)

@@ -69,8 +69,12 @@ class PredictOptions(CheckpointOptions):
         4, "pictures of one size, or tiles, through the network at once", group="protocol", min=1
     )
     scales: tuple[float, ...] = setting(
-        (1.0,), "factors of the picture's size, 0.75,1,1.25 for one; logits are averaged", group="protocol",
-        metavar="S,S,…", exclusive_min=0, max=8,
+        (1.0,), "factors of the picture's size after --fit, 0.75,1,1.25 for one; logits are averaged",
+        group="protocol", metavar="S,S,…", exclusive_min=0, max=8,
+    )  # fmt: skip
+    fit: tuple[int, int] | tuple[()] | None = setting(
+        None, "size that pictures are fitted into first; none: their own (default: what the recipe says)",
+        group="protocol", metavar="H,W", may_be_none=True,
     )  # fmt: skip
     flip: bool = setting(False, "average with the mirrored picture's prediction", group="protocol")
 
@@ -125,6 +129,7 @@ def main() -> None:
         batch_size=options.batch_size,
         num_classes=options.num_classes,
         recurrence=options.recurrence,
+        fit="auto" if options.fit is None else options.fit or None,
     )
     run = Run(options, predictor)
     if options.attention is not None:

@@ -5,7 +5,7 @@ import numbers
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dataset import LabelTable, Normalization, generic_table
 from evaluation.bands import Mean, Mirrored, Resized, Rows, Stored, Tiled, class_ids
 from evaluation.checkpoint import CITYSCAPES, TrainedOn, labels_of, trained_on
-from evaluation.inference import resize, scaled_sizes, tile_starts, with_autocast
+from evaluation.inference import Fit, resize, scaled_sizes, tile_starts, with_autocast
 from evaluation.options import AMP
 from networks import Segmenter, fold_norms, restore_model
 from utils.checkpoint import load_checkpoint
@@ -49,12 +49,14 @@ class Predictor:
         labels: names and colours of the classes, instead of the checkpoint's.
         num_classes: of a checkpoint without class names: accept it, with numbers for names.
         recurrence: R, in the place of the checkpoint's. A state dict does not hold it, so it is taken for 2.
+        fit: what pictures are scaled to before, see ``evaluation.inference.Fit``; "auto": what the recipe of
+            the checkpoint says.
 
     Attributes:
         names: class names, by train id.
         labels: the whole table: names, stored ids, colours.
         clip: frames of the clips that the network was trained on; 1 for images.
-        fit: what pictures are scaled to before, see ``evaluation.inference.Fit``.
+        fit: what pictures are scaled to before.
 
     Raises:
         CheckpointError: a checkpoint that cannot be read, makes no network, or names no classes.
@@ -75,17 +77,20 @@ class Predictor:
         labels: LabelTable | None = None,
         num_classes: int | None = None,
         recurrence: int | None = None,
+        fit: Fit | Literal["auto"] = "auto",
     ) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if not _are_positive(scales, numbers.Real):
             raise ValueError(f"scales must be positive numbers, (1.0,) for one; got {scales}")
-        if tile_size is not None and not (_are_positive(tile_size, numbers.Integral) and len(tile_size) == 2):
+        if tile_size is not None and not _is_size(tile_size):
             raise ValueError(f"tile_size must be a height and a width of at least 1; got {tile_size}")
         if amp not in AMP:
             raise ValueError(f"amp must be one of {', '.join(AMP)}; got {amp!r}")
         if not _are_positive((batch_size,), numbers.Integral):
             raise ValueError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
+        if fit not in ("auto", None) and not (_is_size(fit) or _are_positive((fit,), numbers.Integral)):
+            raise ValueError(f"fit must be (height, width), a short side, None or 'auto'; got {fit!r}")
         for name, value, allowed in (("flip", flip, (True, False)), ("whole", whole, (True, False, None))):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
@@ -118,7 +123,8 @@ class Predictor:
             )
         backbone = model.backbone
         self.normalization = Normalization(backbone.mean, backbone.std, backbone.channel_order)
-        self.tile_size, self.clip, self.fit = tile_size or trained.crop, trained.clip, trained.fit
+        self.tile_size, self.clip = tile_size or trained.crop, trained.clip
+        self.fit: Fit = trained.fit if fit == "auto" else fit
         self._align_corners = getattr(model, "align_corners", True)
         # Normalisation layers cost nothing once they are part of the convolutions.
         self.network = fold_norms(model).float().to(self.device)
@@ -261,6 +267,11 @@ def available_memory(device: torch.device) -> int:
     if not bounds and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         bounds.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     return max(min(bounds, default=2**32), 0)
+
+
+def _is_size(value: Any) -> bool:
+    """Whether it is (height, width)."""
+    return _are_positive(value, numbers.Integral) and len(value) == 2
 
 
 def _are_positive(values: Any, kind: Any) -> bool:

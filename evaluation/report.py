@@ -195,8 +195,8 @@ def _text(value: object) -> str:
 def _in_words(value: object) -> str:
     """A setting as a reader takes it in; lists come from JSON where tuples were."""
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return "" if value is None else str(value)
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def _settings(metrics: Mapping[str, Any]) -> Mapping[str, Any]:

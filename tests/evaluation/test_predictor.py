@@ -94,6 +94,10 @@ def test_clips(model, how):
     for frame in range(3):
         with torch.inference_mode():
             assert_same_classes(ids[frame], whole(predictor.network)(inputs[None], frame))
+    lengths, run = [], predictor._run
+    predictor._run = lambda x: lengths.append(len(x)) or run(x)
+    predictor(np.stack([picture(25, 60)] * 3))
+    assert lengths == ([1] if how else [1] * 4)  # of its tiles one at a time: a batch is of three pictures
 
 
 def test_a_network_of_pictures_takes_no_clips(model, tmp_path):
@@ -231,6 +235,9 @@ def test_what_is_no_picture(model, image):
         {"tile_size": 97},
         {"tile_size": (0, 5)},
         {"tile_size": (5, 5, 5)},
+        {"fit": "own"},
+        {"fit": 0},
+        {"fit": (5,)},
         {"amp": "fp8"},
         {"labels": generic_table(3)},
     ],
@@ -265,6 +272,8 @@ def test_the_hub_gives_the_same(model, tmp_path):
     here.fit = 24
     assert (hub(image) == here(image)).all()
     assert sizes == [(1, 3, 24, 30)]
+    fits = ("auto", 24), (None, None), ((5, 6), (5, 6)), (7, 7)
+    assert [Predictor(path, "cpu", fit=fit).fit for fit, _ in fits] == [expected for _, expected in fits]
 
 
 def test_batches_are_as_large_as_half_of_the_memory_allows(model, monkeypatch):

@@ -112,7 +112,7 @@ def test_ade20k(call, ade20k, tmp_path):
     assert ids.min() >= 1
 
 
-def test_images_are_evaluated_at_the_short_side_of_the_recipe(call, ade20k, tmp_path):
+def test_images_are_evaluated_at_the_short_side_of_the_recipe(call, ade20k, tmp_path, monkeypatch):
     """By validation, evaluate.py and predict.py, unless a flag says otherwise."""
     run, small = tmp_path / "run", ("--backbone", "thin", "--input-size", "33,41", *ONE_STEP, *QUIET)
     result = call(
@@ -145,8 +145,23 @@ def test_images_are_evaluated_at_the_short_side_of_the_recipe(call, ade20k, tmp_
     assert log_of(run)[-1]["mIoU"] == metrics[()]["mIoU"]
     ids = np.asarray(Image.open(tmp_path / "0" / "ids" / "0.png"))
     predictor = Predictor(run / "ADE20K_1.pth", "cpu", whole=False)
-    predicted = predictor.labels.decode(predictor(read_image(ade20k / "images" / "validation" / "0.jpg")))
+    picture = ade20k / "images" / "validation" / "0.jpg"
+    predicted = predictor.labels.decode(predictor(read_image(picture)))
     assert (predicted == ids).mean() > 0.999
+    output = tmp_path / "predicted"
+    sizes = []
+
+    def spy(self, inputs):
+        sizes.append(tuple(inputs.shape[-2:]))
+        return run_network(self, inputs)
+
+    run_network = Predictor._run
+    monkeypatch.setattr(Predictor, "_run", spy)
+    for fit in ((), ("--fit", "none"), ("--fit", "20,99")):
+        options = ("--restore-from", run, "--input", picture, "--output-dir", output, "--gpu", "cpu")
+        assert call("predict.py", *options, "--whole", "yes", *fit).status == 0
+    height, width = read_image(picture).shape[:2]
+    assert sizes == [(24, round(width * 24 / height)), (height, width), (20, round(width * 20 / height))]
 
 
 def test_a_label_beyond_ade20ks_classes_is_named(call, ade20k, tmp_path):

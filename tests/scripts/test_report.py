@@ -84,11 +84,13 @@ def test_the_protocols_of_a_comparison(call, demo_data, trained, tmp_path):
     common = ("evaluate.py", "--data-dir", demo_data, "--restore-from", trained, "--output-dir", tmp_path)
     assert call(*common, *QUIET).status == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    metrics["settings"] |= {"input_size": [9, 9], "scales": [0.5, 1.0], "images": 2, "split": "test"}
+    metrics["settings"] |= {"input_size": [9, 9], "scales": [0.5, 1.0], "fit": [9, 9]}
+    metrics["settings"] |= {"images": 2, "split": "test"}
     (tmp_path / "other.json").write_text(json.dumps(metrics))
     result = call(*common, *QUIET, "--report", "--compare", tmp_path / "other.json")
     assert result.status == 0, result.error
     differs = "split is val, there test; images is 3, there 2; scales is 1.0, there 0.5, 1.0"
+    differs += "; fit is none, there 9, 9"
     assert f"other.json was scored otherwise: {differs}\n" in result.out
     assert f"It was scored otherwise: {differs}.</p>" in (tmp_path / "report.html").read_text()
     metrics["settings"]["dataset"] = "camvid"
