@@ -29,7 +29,7 @@ from evaluation.checkpoint import labels_of, trained_on
 from evaluation.inference import Fit, describe_fit
 from evaluation.options import CheckpointOptions
 from networks import HEADS, NetworkConfig, Segmenter, fold_norms, load_model, mmsegmentation, restore_model
-from networks.config import REFERENCE, difference
+from networks.config import REFERENCE_NETWORK, difference
 from networks.portable import Full, Logits, with_formula
 from training.recipes import find_recipe
 from training.snapshots import find_checkpoint
@@ -289,9 +289,9 @@ def write_weights(
     Raises:
         ExportError: that code has no such network.
     """
-    there = REFERENCE
+    there = REFERENCE_NETWORK
     if names == "mmsegmentation":
-        there = mmsegmentation.NETWORK | {
+        there = mmsegmentation.MMSEGMENTATION_NETWORK | {
             "backbone": "resnet50" if config.backbone == "resnet50" else "resnet101"
         }
     if differs := difference(config, there):

@@ -55,12 +55,12 @@ class PredictOptions(CheckpointOptions):
     )  # fmt: skip
 
     recurrence: int | None = setting(
-        None, "R (default: the checkpoint's; 2 for a state dict, which does not hold it)", group="network",
-        min=0,
+        None, "rounds R (default: the checkpoint's; 2 for a state dict, which does not hold it)",
+        group="network", min=0,
     )  # fmt: skip
 
     whole: bool | None = setting(
-        None, "pictures at once, or (no) in tiles (default: by size and memory)", group="protocol"
+        None, "predict pictures whole; no: in tiles (default: by size and memory)", group="protocol"
     )
     input_size: tuple[int, int] | None = setting(
         None, "size of the tiles (default: the training crop)", group="protocol", metavar="H,W"

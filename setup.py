@@ -38,7 +38,7 @@ def say(message: str) -> None:
 
 
 def find_torch():
-    """PyTorch, or None. An isolated build (pip's default) is shown that of the environment it builds for."""
+    """PyTorch, or None. In pip's isolated build, the PyTorch of the environment that is installed into."""
     try:
         import torch
     except ImportError:

@@ -59,18 +59,18 @@ def main() -> None:
         sys.exit(128 + run.interruption.signum)
 
 
-def settle(command: Command) -> tuple[Resumed | None, Start | None, Recipe]:
+def find_start(command: Command) -> tuple[Resumed | None, Start | None, Recipe]:
     """The checkpoint to resume, or else the file to start from; and the recipe of the run."""
     options = command.options
     resumed, start = find_resumed(options.resume, options.snapshot_dir), None
     if resumed is None and options.restore_from is not None:
         start = read_start(find_checkpoint(options.restore_from))
-    return resumed, start, command.settle(resumed, start.network if start else {})
+    return resumed, start, command.recipe_for(resumed, start.network if start else {})
 
 
 def print_recipe(command: Command) -> None:
     """The recipe that the command line's run would have; without ``--data-dir`` its classes are as given."""
-    resumed, _, recipe = settle(command)
+    resumed, _, recipe = find_start(command)
     if command.options.data_dir != NO_DATA:
         _, recipe = find_data(command.options, recipe, command.num_classes(resumed))
     print(format_recipe(recipe))
@@ -79,7 +79,7 @@ def print_recipe(command: Command) -> None:
 def build(command: Command, process: Process) -> tuple[Run, list[str]]:
     """The run of a command line, restored if it is resumed, and what there is to say of that."""
     options = command.options
-    resumed, start, recipe = settle(command)
+    resumed, start, recipe = find_start(command)
     spec, recipe = find_data(options, recipe, command.num_classes(resumed))
     options.check(recipe)
     data = load_data(spec, recipe, options)
@@ -143,7 +143,7 @@ def train(run: Run) -> None:
             validate(run, first_step, progress)
         for step in range(first_step + 1, recipe.num_steps + 1):
             window.begin()
-            batch = run.interruption.next(batches, process)
+            batch = run.interruption.next_batch(batches, process)
             if batch is None:
                 break
             set_rates(run.step.optimizer, recipe, step - 1)

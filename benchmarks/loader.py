@@ -26,7 +26,7 @@ from dataset.demo import generate
 from dataset.reading import read_sample
 from utils.arguments import number
 
-STEP_RATES = (2, 8, 16, 32)  # images/s that a training step may eat
+STEP_RATES = (2, 8, 16, 32)  # images/s that a training step may consume
 
 
 def noisy_scenes(folder: Path, count: int) -> Path:

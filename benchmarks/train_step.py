@@ -50,7 +50,7 @@ USUAL = "usual, fp32"
 OURS = {
     "ours, fp32": ("off", False),
     "ours, bf16": ("bf16", False),
-    "ours, bf16, activations twice": ("bf16", True),
+    "ours, bf16, activations checkpointed": ("bf16", True),
 }
 UNFUSED = " in parts"
 WITH_CCL = " and CCL"

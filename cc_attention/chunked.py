@@ -3,7 +3,7 @@
 A sample is a (T,H,W,C) array, an image one of T = 1, which a channels-last tensor is without a copy: a row is
 a matrix of leading dimension C, a column one of leading dimension W·C, a line through time one of H·W·C. They
 go to batched matrix products as they are. The forward pass keeps the log-sum-exp of each position's energies,
-from which the backward pass recomputes the attention instead of loading it (paper, section 3.1; docs/op.md).
+from which the backward pass recomputes the attention instead of loading it (paper, section 3.2; docs/op.md).
 """
 
 from collections.abc import Iterator

@@ -7,7 +7,7 @@ from cc_attention.ops import criss_cross_attention
 
 
 class CrissCrossAttention(nn.Module):
-    """x + gamma · attention(query(x), key(x), value(x)) along each position's lines (paper, section 3.1).
+    """x + gamma · attention(query(x), key(x), value(x)) along each position's lines (paper, section 3.2).
 
     The lines are row and column, and in a clip the line through time as well: the parameters are the same, so
     a checkpoint of an image network loads into one for clips.

@@ -109,4 +109,3 @@ def _torch_has_cuda() -> bool:
 
 
 KERNELS = Kernels(Path(__file__).resolve().parent)
-load, instruction_set = KERNELS.load, KERNELS.instruction_set

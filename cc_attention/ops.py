@@ -28,7 +28,7 @@ for _name, _kernel in (
 ):
     torch.library.impl(f"cc_attention::{_name}", "CompositeExplicitAutograd", _kernel)
 # Compiled kernels register under the same schemas for their device and take precedence there.
-native.load()
+native.KERNELS.load()
 
 
 @torch.library.register_fake("cc_attention::criss_cross_attention")
@@ -76,7 +76,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Each position gathers the values of its row and column, and in a clip of its line through time.
 
     out[u] = Σ_i softmax_i(query[u] · key[i]) value[i] over the H + W - 1 positions i of the row and column of
-    u (paper, section 3.1), or the T + H + W - 2 that share two of its three coordinates (3-D criss-cross
+    u (paper, section 3.2), or the T + H + W - 2 that share two of its three coordinates (3-D criss-cross
     attention). The own position counts once; the energies are not scaled.
 
     Args:

@@ -1,6 +1,6 @@
 """Criss-cross attention as a readable formula in plain PyTorch.
 
-This is the definition that everything else is held against (paper, section 3.1; for clips, the paper's 3-D
+This is the definition that everything else is held against (paper, section 3.2; for clips, the paper's 3-D
 criss-cross attention). It also serves where a formula is needed instead of a kernel: second derivatives,
 function transforms and export. It stores the whole attention.
 

@@ -20,6 +20,3 @@ class DataOptions:
         metadata={**DATA, "help": "file of 'image label' lines, relative to --data-dir, instead of a split"},
     )
     split: str = field(default="train", metadata={**DATA, "help": "split of the data set"})
-    num_workers: int = field(
-        default=1, metadata={**DATA, "help": "processes that read data, for each training process", "min": 0}
-    )

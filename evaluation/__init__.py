@@ -1,4 +1,4 @@
-"""What is made of a network's predictions."""
+"""From network outputs to scores, pictures and files."""
 
 from evaluation.predictor import Predictor
 

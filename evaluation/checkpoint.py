@@ -1,4 +1,4 @@
-"""What a checkpoint tells beside its network: its classes, and what it was trained on."""
+"""The class table and the training settings that a checkpoint stores."""
 
 from collections.abc import Mapping
 from pathlib import Path

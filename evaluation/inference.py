@@ -34,16 +34,13 @@ def whole(model: nn.Module) -> Predict:
     return predict
 
 
-def sliding(
-    model: nn.Module, tile_size: tuple[int, int], tile_batch: int = 4, overlap: float = 1 / 3
-) -> Predict:
+def sliding(model: nn.Module, tile_size: tuple[int, int], tile_batch: int = 4) -> Predict:
     """Tiles of one size that overlap, logits averaged where they do (the reference's test protocol).
 
     Args:
         model: the network in evaluation mode.
         tile_size: (height, width); a smaller image is padded with 0, the mean colour, right and below.
         tile_batch: tiles that go through the network together.
-        overlap: share of a tile that the next one covers again.
     """
     aligned = getattr(model, "align_corners", True)
 
@@ -54,8 +51,8 @@ def sliding(
         corners = [
             (index, top, left)
             for index in range(batch)
-            for top in tile_starts(height + below, tile_size[0], overlap)
-            for left in tile_starts(width + right, tile_size[1], overlap)
+            for top in tile_starts(height + below, tile_size[0])
+            for left in tile_starts(width + right, tile_size[1])
         ]
         total: Tensor | None = None
         times = images.new_zeros(batch, 1, *padded.shape[-2:])

@@ -44,9 +44,9 @@ class EvaluationOptions(CheckpointOptions, DataOptions):
         None, "label value that does not count (default: the checkpoint's)", group="data", min=0, max=255
     )
 
-    model: str | None = setting(None, "default: the checkpoint's", group="network")
-    backbone: str | None = setting(None, "default: the checkpoint's", group="network")
-    recurrence: int | None = setting(None, "default: the checkpoint's", group="network", min=0)
+    model: str | None = setting(None, "the model (default: the checkpoint's)", group="network")
+    backbone: str | None = setting(None, "the backbone (default: the checkpoint's)", group="network")
+    recurrence: int | None = setting(None, "rounds R (default: the checkpoint's)", group="network", min=0)
 
     clip: int | None = setting(
         None, "frames of a clip (default: the checkpoint's)", group="protocol", metavar="T", min=1

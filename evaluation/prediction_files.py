@@ -1,4 +1,4 @@
-"""What ``predict.py`` writes of a picture: colours, stored ids, an overlay; and the legend of the colours."""
+"""Files that ``predict.py`` writes: colours, stored ids, overlays, and the legend of the colours."""
 
 import io
 from contextlib import suppress
@@ -9,13 +9,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dataset import LabelTable
-from evaluation.inputs import FOLDERS
 from utils.arguments import OutputError
 
 LEGEND_ROWS = 30
 
 
-def prepare_folder(output_dir: Path, folders: tuple[str, ...] = FOLDERS) -> None:
+def prepare_folder(output_dir: Path, folders: tuple[str, ...]) -> None:
     """Make the output folder and those within it.
 
     Raises:

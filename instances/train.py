@@ -93,9 +93,8 @@ class Run:
         self.config = config_of(args, data.num_classes, norm_eps_of(self.resumed or self.weights))
         torch.manual_seed(args.seed)
         self.model = build_model(self.config).to(process.device)
-        if (
-            process.device.type == "cuda"
-        ):  # on the CPU channels-last steps of this network take a third longer
+        # On the CPU channels-last steps of this network take a third longer.
+        if process.device.type == "cuda":
             self.model.to(memory_format=torch.channels_last)
         parameters = [x for x in self.model.parameters() if x.requires_grad]
         self.optimizer = torch.optim.SGD(

@@ -1,4 +1,4 @@
-"""What becomes of ABN layers in fine-tuning, in inference and in other codes."""
+"""Freeze ABN, fold it into convolutions, or convert it to BatchNorm."""
 
 import torch
 from torch import Tensor, nn

@@ -88,6 +88,8 @@ def normalize_(
         F.leaky_relu_(wide, negative_slope=param)
     elif activation == "elu":
         F.elu_(wide, alpha=param)
+    elif activation not in ("relu", "identity"):
+        raise ValueError(f"activation must be leaky_relu, elu, relu or identity; got {activation}")
     if wide is not x:
         x.copy_(wide)
 

@@ -3,7 +3,7 @@
 from networks.config import NetworkConfig
 from networks.folding import fold_norms
 from networks.heads import Head
-from networks.pretrained import Start, load_model, network_of, read_start, restore_model, start_from
+from networks.pretrained import Start, load_model, read_start, restore_model, settings_from_start, start_from
 from networks.registry import BACKBONES, HEADS, NORMS, build_model
 from networks.resnet import Backbone
 from networks.segmenter import Segmenter
@@ -21,7 +21,7 @@ __all__ = [
     "fold_norms",
     "load_model",
     "restore_model",
-    "network_of",
+    "settings_from_start",
     "read_start",
     "start_from",
 ]

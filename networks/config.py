@@ -89,9 +89,9 @@ class NetworkConfig:
         return replace(self, **{**dropped, **changes})
 
     @property
-    def pools_to_one(self) -> bool:
+    def needs_two_images(self) -> bool:
         """As of the head: whether training needs two images or more for each normalisation."""
-        return bool(HEADS[self.model].pools_to_one)
+        return bool(HEADS[self.model].needs_two_images)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name, as a checkpoint holds them."""
@@ -110,7 +110,7 @@ def _options_of_others(model: str) -> list["Field[Any]"]:
 
 
 # The network that the reference's code has; classes and R are arguments there.
-REFERENCE = {
+REFERENCE_NETWORK = {
     name: getattr(NetworkConfig(), name)
     for name in ("model", "backbone", "stem", "auxiliary_channels", *NOT_IN_SHAPES)
 }

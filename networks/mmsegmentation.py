@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.names import from_batch_norm, norm_of_conv
+from networks.names import BATCH_NORM_EPS, from_batch_norm, norm_of_conv
 
 # What decides its network, beside backbone, classes, recurrence, and which layer normalises.
-NETWORK: dict[str, Any] = {
+MMSEGMENTATION_NETWORK: dict[str, Any] = {
     "model": "ccnet",
     "stem": "v1c",
     "contracted_dilation": True,
@@ -67,7 +67,7 @@ def config_of_mmsegmentation(state: Mapping[str, Tensor]) -> dict[str, Any]:
         raise ValueError("of mmsegmentation's CCNet only R-50-D8 and R-101-D8 (ResNetV1c) are known")
     blocks = {name.split(".")[2] for name in state if name.startswith("backbone.layer3.")}
     classifier = state.get("decode_head.conv_seg.weight")
-    values = NETWORK | {
+    values = MMSEGMENTATION_NETWORK | {
         "backbone": {6: "resnet50", 23: "resnet101"}.get(len(blocks), f"{len(blocks)} blocks")
     }
     if classifier is not None and classifier.dim() == 4:
@@ -96,16 +96,16 @@ def from_mmsegmentation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def to_mmsegmentation(model: nn.Module, eps: float = 1e-5) -> dict[str, Tensor]:
+def to_mmsegmentation(model: nn.Module) -> dict[str, Tensor]:
     """A network's state dict for mmsegmentation's CCNet: the same function in evaluation mode.
 
-    The network's config must be ``NETWORK``, see ``networks.config.difference``. ABN's scale |weight| + eps
-    becomes BatchNorm's weight, and a bias before normalisation, which only the auxiliary head's convolution
-    has, goes into the running mean.
+    The network's config must be ``MMSEGMENTATION_NETWORK``, see ``networks.config.difference``. ABN's scale
+    |weight| + eps becomes BatchNorm's weight, and a bias before normalisation, which only the auxiliary
+    head's convolution has, goes into the running mean.
     """
     state = {name: x.clone() for name, x in model.state_dict().items() if not name.startswith("embedding.")}
     for conv, norm in norm_of_conv(state).items():
-        state[f"{norm}.weight"] = state[f"{norm}.weight"].abs() + eps
+        state[f"{norm}.weight"] = state[f"{norm}.weight"].abs() + BATCH_NORM_EPS
         if (bias := state.pop(f"{conv}.bias", None)) is not None:
             state[f"{norm}.running_mean"] -= bias
     theirs: dict[str, Tensor] = {}

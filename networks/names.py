@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from libs import ABN
-from networks.folding import norm_pairs
 from networks.resnet import Backbone
 
 
@@ -75,6 +74,7 @@ def _report_reference(module: nn.Module, incompatible: Any) -> None:
             ]
 
 
+BATCH_NORM_EPS = 1e-5  # of PyTorch's layer, as other codes have it
 # torchvision's normalisation of an image in 0..1, RGB
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -92,19 +92,11 @@ def from_torchvision(state: dict[str, Tensor], backbone: Backbone) -> dict[str, 
     """
     state = {name: x.float() for name, x in state.items() if name in backbone.state_dict()}
     if {"conv1.weight", "bn1.running_mean", "bn1.running_var"} <= set(state):
-        state |= _stem_for_our_input(state, backbone, eps=1e-5)  # torchvision's
-    for path, module in backbone.named_modules():
-        for conv_name, norm_name in norm_pairs(module):
-            norm = module.get_submodule(norm_name)
-            conv_name, norm_name = (f"{path}.{x}".lstrip(".") for x in (conv_name, norm_name))
-            names = (f"{conv_name}.weight", f"{norm_name}.weight", f"{norm_name}.running_mean")
-            if isinstance(norm, ABN) and all(name in state for name in names):
-                conv, weight, mean = (state[name] for name in names)
-                state |= zip(names, _positive(conv, weight, mean, norm.eps), strict=True)
-    return state
+        state |= _stem_for_our_input(state, backbone)
+    return from_batch_norm(state, {f"{name}." for name, x in backbone.named_modules() if isinstance(x, ABN)})
 
 
-def _stem_for_our_input(state: Mapping[str, Tensor], backbone: Backbone, eps: float) -> dict[str, Tensor]:
+def _stem_for_our_input(state: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
     """conv((rgb/255 - mean)/std), with its running statistics, as a convolution of our normalised pixels.
 
     A channel of torchvision's input is a·x + b of ours: a goes into the weights, the sum of b times the
@@ -127,22 +119,8 @@ def _stem_for_our_input(state: Mapping[str, Tensor], backbone: Backbone, eps: fl
     return {
         "conv1.weight": (size * converted).float(),
         "bn1.running_mean": (size * (running_mean - offset)).float(),
-        "bn1.running_var": (size**2 * (running_var + eps) - eps).float(),
+        "bn1.running_var": (size**2 * (running_var + BATCH_NORM_EPS) - BATCH_NORM_EPS).float(),
     }
-
-
-def _positive(conv: Tensor, norm: Tensor, mean: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """A convolution, the weight of the BatchNorm after it and the running mean, for an ABN instead.
-
-    The sign of a negative weight goes into the convolution, and so does what makes a weight below eps smaller
-    than ABN's smallest scale.
-    """
-    factor = _factor(norm, eps)
-    return conv * factor[:, None, None, None], (norm.abs() - eps).clamp(min=0), mean * factor
-
-
-def _factor(norm: Tensor, eps: float) -> Tensor:
-    return norm.sign() * (norm.abs() / eps).clamp(max=1)
 
 
 def norm_of_conv(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -152,25 +130,26 @@ def norm_of_conv(state: Mapping[str, Tensor]) -> dict[str, str]:
     return {conv: norm for conv, norm in pairs.items() if f"{conv}.weight" in state and conv != norm}
 
 
-def from_batch_norm(
-    state: Mapping[str, Tensor], norms: Collection[str], eps: float = 1e-5
-) -> dict[str, Tensor]:
+def from_batch_norm(state: Mapping[str, Tensor], norms: Collection[str]) -> dict[str, Tensor]:
     """A state dict in the reference's names with BatchNorm, for ABN in its place: the same function.
 
-    BatchNorm's weights may be negative or smaller than eps, where ABN scales by |weight| + eps.
+    BatchNorm's weights may be negative or smaller than eps, where ABN scales by |weight| + eps. The sign of
+    a negative weight goes into the convolution before, and so does what makes a weight below eps smaller than
+    ABN's smallest scale.
 
     Args:
         norms: prefixes ("bn1.") of the entries that are BatchNorm's.
     """
     converted = dict(state)
     for conv, norm in norm_of_conv(state).items():
-        if f"{norm}." not in norms:
-            continue
         names = (f"{conv}.weight", f"{norm}.weight", f"{norm}.running_mean")
-        if all(name in state for name in names):
-            factor = _factor(state[f"{norm}.weight"].float(), eps)
-            weight, scale, mean = (state[name].float() for name in names)
-            converted |= zip(names, _positive(weight, scale, mean, eps), strict=True)
-            if f"{conv}.bias" in state:
-                converted[f"{conv}.bias"] = state[f"{conv}.bias"] * factor
+        if f"{norm}." not in norms or not all(name in state for name in names):
+            continue
+        weight, scale, mean = (state[name].float() for name in names)
+        factor = scale.sign() * (scale.abs() / BATCH_NORM_EPS).clamp(max=1)
+        converted[names[0]] = weight * factor[:, None, None, None]
+        converted[names[1]] = (scale.abs() - BATCH_NORM_EPS).clamp(min=0)
+        converted[names[2]] = mean * factor
+        if f"{conv}.bias" in state:
+            converted[f"{conv}.bias"] = state[f"{conv}.bias"] * factor
     return converted

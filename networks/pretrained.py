@@ -12,7 +12,7 @@ from torch import Tensor
 from libs import InPlaceABN
 from networks.config import FLAT_SETTINGS, NOT_IN_SHAPES, NetworkConfig
 from networks.mmsegmentation import (
-    NETWORK,
+    MMSEGMENTATION_NETWORK,
     config_of_mmsegmentation,
     from_mmsegmentation,
     is_mmsegmentation,
@@ -57,7 +57,7 @@ def restore_model(contents: dict[str, Any], path: Path, **settings: Any) -> tupl
         raise CheckpointError(f"{path}: is a backbone without a head; train a network that starts from it")
     _check_stem(state, model, path)
     auxiliary = () if any(name.startswith("dsn.") for name in state) else ("dsn.",)
-    with _cause_told(contents, model):
+    with _name_likely_cause(contents, model):
         load_weights(model, state, path, may_lack=auxiliary, skip=EMBEDDING)
     return model.eval(), config
 
@@ -97,7 +97,7 @@ def _stem_by_shape(conv1: Tensor) -> str | None:
 
 
 @contextmanager
-def _cause_told(contents: dict[str, Any], model: Segmenter) -> Iterator[None]:
+def _name_likely_cause(contents: dict[str, Any], model: Segmenter) -> Iterator[None]:
     """An error of weights that do not fit says so where the file is of another backbone or model."""
     try:
         yield
@@ -112,11 +112,13 @@ def _cause_told(contents: dict[str, Any], model: Segmenter) -> Iterator[None]:
         raise CheckpointError(f"{error}{''.join(causes)}") from None
 
 
-def _check_is_mmsegmentation(model: Segmenter, path: Path) -> None:
+def _require_mmsegmentation_network(model: Segmenter, path: Path) -> None:
     """Refuse weights that mean something else in this network, though they may have its shapes."""
     if model.config is None:
         return
-    different = {name: value for name, value in NETWORK.items() if getattr(model.config, name) != value}
+    different = {
+        name: value for name, value in MMSEGMENTATION_NETWORK.items() if getattr(model.config, name) != value
+    }
     if different:
         flags = [
             f"--{name.replace('_', '-')} {','.join(map(str, x)) if isinstance(x, tuple) else x}"
@@ -179,7 +181,7 @@ def _head_by_names(state: dict[str, Tensor]) -> str:
     return NetworkConfig.model
 
 
-def network_of(contents: dict[str, Any], path: Path) -> dict[str, Any]:
+def settings_from_start(contents: dict[str, Any], path: Path) -> dict[str, Any]:
     """The fields of NetworkConfig that a run takes over from the file it starts from.
 
     With other values its weights would mean something else, though they may fit. mmsegmentation's CCNet has
@@ -216,13 +218,13 @@ class Start:
 
     path: Path
     contents: dict[str, Any]
-    network: dict[str, Any]  # fields of NetworkConfig that are taken from it, see ``network_of``
+    network: dict[str, Any]  # fields of NetworkConfig that are taken from it, see ``settings_from_start``
 
 
 def read_start(path: Path) -> Start:
-    """Read the file to start from; raises as ``load_checkpoint`` and ``network_of``."""
+    """Read the file to start from; raises as ``load_checkpoint`` and ``settings_from_start``."""
     contents = load_checkpoint(path)
-    return Start(path, contents, network_of(contents, path))
+    return Start(path, contents, settings_from_start(contents, path))
 
 
 def start_from(model: Segmenter, contents: dict[str, Any], path: Path, new_classifiers: bool = False) -> str:
@@ -245,7 +247,7 @@ def start_from(model: Segmenter, contents: dict[str, Any], path: Path, new_class
     """
     state = model_state(contents, path)
     if is_mmsegmentation(state):
-        _check_is_mmsegmentation(model, path)
+        _require_mmsegmentation_network(model, path)
     has_heads = is_mmsegmentation(state) or any(name.startswith(("head.", "dsn.")) for name in state)
     _check_stem(state, model, path)
     if has_heads or getattr(model.backbone, "stem", None) != "plain":
@@ -260,7 +262,7 @@ def start_from(model: Segmenter, contents: dict[str, Any], path: Path, new_class
     if new_classifiers:
         may_lack, skip = (*may_lack, *classifiers), (*skip, *classifiers)
     try:
-        with _cause_told(contents, model):
+        with _name_likely_cause(contents, model):
             load_weights(model, state, path, may_lack, skip)
     except CheckpointError as error:
         other = [name for name in state if name in own and state[name].shape != own[name].shape]

@@ -18,7 +18,7 @@ _thread = threading.local()  # a backward pass on a GPU has a thread of its own
 def recompute_in_backward(tensor: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
     """Layers called within do not save ``tensor`` for their backward pass: ``compute`` makes it again.
 
-    Once for all of them: it stays from its first use in the backward pass to its last.
+    It is computed once, at its first use in the backward pass, and freed after its last.
     """
     # A compiler plans memory by itself; within torch.func's transforms tensors have no address.
     is_transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

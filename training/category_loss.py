@@ -31,7 +31,7 @@ def category_consistent_loss(
 
     Args:
         embedding: (B,D,h,w); half types are computed in fp32.
-        target: train ids (B,h,w) of 0 … 255, or larger: then read where the embedding's positions lie.
+        target: train ids 0 … 255, (B,h,w), or a larger (B,H,W) that is sampled at the embedding's positions.
         ignore_index: label that does not count.
         kind: "piecewise", the paper's φ, or "quadratic".
 
@@ -44,7 +44,7 @@ def category_consistent_loss(
     beyond = target[(target != ignore_index) & ((target < 0) | (target > 255))]
     if len(beyond):
         raise ValueError(f"labels must be 0 … 255, or ignore_index; got {beyond[0].item()}")
-    total, _ = CategoryConsistentLoss(ignore_index, kind).over([({"embedding": embedding}, target)])
+    total, _ = CategoryConsistentLoss(ignore_index, kind).batch_losses([({"embedding": embedding}, target)])
     return total
 
 
@@ -64,7 +64,7 @@ class CategoryConsistentLoss:
             raise ValueError(f"kind is one of {', '.join(KINDS)}; got {kind!r}")
         self.ignore_index, self.kind = ignore_index, kind
 
-    def over(
+    def batch_losses(
         self, parts: Sequence[tuple[dict[str, Tensor], Tensor]], process: Process = ONE_PROCESS
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to differentiate, and its three terms to log.
@@ -77,15 +77,15 @@ class CategoryConsistentLoss:
             Scalars on the first part's device, whose means over the processes are those of the batch.
         """
         with torch.autocast(parts[0][1].device.type, enabled=False):  # products in fp32
-            return self._over(parts, process)
+            return self._batch_losses(parts, process)
 
-    def _over(
+    def _batch_losses(
         self, parts: Sequence[tuple[dict[str, Tensor], Tensor]], process: Process
     ) -> tuple[Tensor, dict[str, Tensor]]:
         # 256 classes where there are no logits to count them by: a label is 8 bits wide.
         classes = parts[0][0]["out"].shape[1] if "out" in parts[0][0] else 256
         pixels = [self._pixels(outputs["embedding"], target, classes) for outputs, target in parts]
-        # Products with one-hot labels, since scattered additions have no repeatable form on a GPU.
+        # Products with one-hot labels, since scattered additions are not deterministic on a GPU.
         sums = [
             one_hot.T @ torch.cat([x, torch.ones_like(x[:, :1])], dim=1) for x, one_hot in pixels
         ]  # (C,D+1) each

@@ -48,20 +48,22 @@ class Command:
         """The recipe of a new run."""
         return self.base.with_changes(self.network_changes, self.recipe_changes)
 
-    def settle(self, resumed: Resumed | None, network: Mapping[str, Any]) -> Recipe:
+    def recipe_for(self, resumed: Resumed | None, network: Mapping[str, Any]) -> Recipe:
         """The recipe of this run: a resumed run keeps its own, where no flag changes it.
 
         Args:
             network: fields of NetworkConfig that come from the file which a new run starts from.
         """
-        base = self.base if resumed is None or self.is_named else resumed.recipe
-        if resumed is not None and self.is_named:
-            # The run may have taken them over from the file that it started from.
-            before, silent = resumed.recipe.network, NetworkConfig()
+        if resumed is None:
+            base = self.base
+        elif not self.is_named:
+            base = resumed.recipe
+        else:  # what the run took over from its first weights stays, where the recipe does not say it
+            base, before, default = self.base, resumed.recipe.network, NetworkConfig()
             network = {
                 name: getattr(before, name)
                 for name in NOT_IN_SHAPES
-                if getattr(base.network, name) == getattr(silent, name)
+                if getattr(base.network, name) == getattr(default, name)
             }
         return base.with_changes({**network, **self.network_changes}, self.recipe_changes)
 
@@ -69,9 +71,9 @@ class Command:
         """What a new run prints of the file that it starts from and of the settings taken from there.
 
         Args:
-            network: as of ``settle``.
+            network: as of ``recipe_for``.
         """
-        taken = describe_changes(self.recipe, self.settle(None, network))
+        taken = describe_changes(self.recipe, self.recipe_for(None, network))
         lines = [f"starting from {start}" + ", whose network is taken over" * bool(taken)]
         if taken:
             lines.append(f"settings taken over: {', '.join(taken)}")

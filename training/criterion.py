@@ -40,9 +40,9 @@ class Criterion:
 
     def __call__(self, outputs: Outputs, target: Tensor) -> Losses:
         """Logits {"out": (B,C,h,w), "aux": (B,C,h,w) or absent} and train ids (B,H,W) → losses."""
-        return self.over([(outputs, target)])
+        return self.batch_losses([(outputs, target)])
 
-    def over(self, parts: Sequence[Part], process: Process = ONE_PROCESS) -> Losses:
+    def batch_losses(self, parts: Sequence[Part], process: Process = ONE_PROCESS) -> Losses:
         """The losses of a batch that is spread over devices and processes, as if it were in one place.
 
         Pixels are mined and counted over the whole batch, so the number of devices changes nothing. Only
@@ -84,7 +84,7 @@ class Criterion:
             "kept_pixels": counts[0] / labelled_count,
         }
         if self.category_loss is not None:
-            total, terms = self.category_loss.over(parts, process)
+            total, terms = self.category_loss.batch_losses(parts, process)
             losses |= terms
             losses["loss"] = losses["loss"] + total.to(losses["loss"].device)
         return losses
@@ -128,7 +128,7 @@ class _UpSample(torch.autograd.Function):
     """``F.interpolate``, bilinear, (B,C,h,w) → (B,C,H,W).
 
     Its gradient as two products of matrices: PyTorch's own takes 4 ms of a step for each head on an H100, and
-    has no repeatable form.
+    is not deterministic on a GPU.
     """
 
     generate_vmap_rule = True
@@ -174,16 +174,16 @@ class _Pixels:
         self.labelled = target != ignore_index  # (B,H,W)
         self.true_class = target.long().masked_fill(~self.labelled, 0)
         self.log_probability = logits.log_softmax(dim=1)  # (B,C,H,W)
-        # As F.cross_entropy, whose backward pass has no repeatable form on a GPU; gather's has one.
-        self.entropy = -self.log_probability.gather(1, self.true_class.unsqueeze(1)).squeeze(1)
+        # As F.cross_entropy, whose backward pass is not deterministic on a GPU; gather's is.
+        self.cross_entropy = -self.log_probability.gather(1, self.true_class.unsqueeze(1)).squeeze(1)
 
     def sum(self, mask: Tensor) -> Tensor:
         """Cross entropy added up over the pixels of a mask (B,H,W)."""
-        return torch.where(mask, self.entropy, 0).sum()
+        return torch.where(mask, self.cross_entropy, 0).sum()
 
     def hard_mask(self, threshold: Tensor) -> Tensor:
         """The labelled pixels (B,H,W) whose true class is no more probable than that, or NaN."""
-        return self.labelled & ~(torch.exp(-self.entropy) > threshold.to(self.entropy.device))
+        return self.labelled & ~(torch.exp(-self.cross_entropy) > threshold.to(self.cross_entropy.device))
 
     def on_grid(self) -> Tensor:
         """The true classes' probabilities on OHEM's grid: (N,), 2 where there is no label.
@@ -192,7 +192,7 @@ class _Pixels:
         grid's pixels are computed.
         """
         (top, bottom, down, near_y), (left, right, across, near_x) = (
-            _grid(size, self.entropy.device) for size in self.entropy.shape[1:]
+            _grid(size, self.cross_entropy.device) for size in self.cross_entropy.shape[1:]
         )
         class_of = self.true_class[:, near_y][:, :, near_x].unsqueeze(1)  # (B,1,gh,gw)
 
@@ -200,7 +200,7 @@ class _Pixels:
             """Of the grid's labels at the given pixels: (B,gh,gw)."""
             return self.log_probability[:, :, rows][:, :, :, columns].gather(1, class_of).squeeze(1).exp()
 
-        down, across = down.to(self.entropy.dtype).unsqueeze(1), across.to(self.entropy.dtype)
+        down, across = down.to(self.cross_entropy.dtype).unsqueeze(1), across.to(self.cross_entropy.dtype)
         upper = probability(top, left) * (1 - across) + probability(top, right) * across
         lower = probability(bottom, left) * (1 - across) + probability(bottom, right) * across
         labelled = self.labelled[:, near_y][:, :, near_x]
@@ -262,7 +262,7 @@ def ohem_threshold(grid: Tensor, thres: float, keep: int) -> Tensor:
     if keep_on_grid == 0:
         hardest = grid.new_full((), thres)
     else:
-        # kthvalue and the like have no repeatable form on a GPU.
+        # kthvalue and the like are not deterministic on a GPU.
         hardest = grid.topk(keep_on_grid, largest=False).values[-1].clamp(min=thres)
     return torch.where((grid < 2).sum() > keep_on_grid, hardest, one)
 

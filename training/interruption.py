@@ -40,7 +40,7 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def next(self, batches: Iterator[T], process: Process) -> T | None:
+    def next_batch(self, batches: Iterator[T], process: Process) -> T | None:
         """The next batch; None if a signal came to any process.
 
         Raises:

@@ -116,7 +116,7 @@ class RunOptions(DataOptions):
             return
         synchronised = recipe.network.norm in ("auto", "sync")
         images = recipe.batch_size // recipe.accumulate // (1 if synchronised else parts) * recipe.clip
-        if images == 1 and recipe.network.pools_to_one:
+        if images == 1 and recipe.network.needs_two_images:
             raise UsageError(
                 f"--model {recipe.network.model} normalises means of images, and that of one image has no "
                 "variance: raise --batch-size"

@@ -1,4 +1,4 @@
-"""What a run shows and writes on its way: progress bar, ``log.jsonl``, TensorBoard events, mean losses."""
+"""Progress bar, ``log.jsonl``, TensorBoard events and mean losses of a run."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from training.step import TrainingError
 from utils.distributed import Process
 from utils.files import write_atomically
 
-KEPT = "earlier checkpoints are kept, a lower --learning-rate may help"
+NOT_FINITE_HINT = "earlier checkpoints are kept, a lower --learning-rate may help"
 
 
 class LogError(RuntimeError):
@@ -159,7 +159,7 @@ class LossWindow:
         for index, loss in enumerate(table[:, names.index("loss")].tolist()):
             if not math.isfinite(loss):  # in all processes alike
                 fault = f"step {step - count + 1 + index}: the loss is {loss}"
-                self.process.raise_if_any_failed(TrainingError(f"{fault}; {KEPT}"))
+                self.process.raise_if_any_failed(TrainingError(f"{fault}; {NOT_FINITE_HINT}"))
         self._losses, self._seconds = [], 0.0
         means = dict(zip(names, table.mean(0).tolist(), strict=True))
         return means | {"images_per_second": count * self.batch_size / seconds}

@@ -1,4 +1,4 @@
-"""What a run was made with: ``run.json``, and the summary printed at its start."""
+"""``run.json``, and the summary printed at the start of a run."""
 
 import json
 import platform

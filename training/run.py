@@ -11,7 +11,7 @@ from dataset import Batch, StepSampler, load_batches
 from training.data import TrainingData
 from training.interruption import Interruption
 from training.options import RunOptions
-from training.progress import KEPT, Progress, was_logged
+from training.progress import NOT_FINITE_HINT, Progress, was_logged
 from training.provenance import describe, summary, write_run_file
 from training.recipes import Recipe
 from training.resumption import run_state
@@ -94,10 +94,9 @@ class Run:
             TrainingError: the last step's gradient is infinite or not a number, and so are its weights.
         """
         measured = self.step.measurements()
-        if (
-            measured["gradient_norm"] is None and not self.step.scaler.is_enabled()
-        ):  # fp16 leaves such a step out
-            fault = f"step {step}: the gradient is not finite; {KEPT}"
+        skipped_by_scaler = self.step.scaler.is_enabled()  # fp16 leaves out a step that overflows
+        if measured["gradient_norm"] is None and not skipped_by_scaler:
+            fault = f"step {step}: the gradient is not finite; {NOT_FINITE_HINT}"
             self.process.raise_if_any_failed(TrainingError(fault))
         if progress:
             self.snapshots.prune()  # losses and gradient are finite, so are the weights

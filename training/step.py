@@ -238,7 +238,7 @@ class TrainStep:
         # The network folds the frames of clips into the batch.
         label_parts = [part if part.dim() == 3 else part.flatten(0, 1) for part in label_parts]
         parts: list[Part] = list(zip(outputs, label_parts, strict=True))
-        losses = self.criterion.over(parts, self.process)
+        losses = self.criterion.batch_losses(parts, self.process)
         loss = self.scaler.scale(losses["loss"] / self.accumulate)
         if isinstance(self.model, Replicas):
             self.model.backward(loss)
@@ -281,6 +281,7 @@ def build_step(
     criterion = CRITERIA[recipe.criterion](
         ohem=recipe.ohem,
         ohem_thres=recipe.ohem_thres,
+        # The reference keeps so many of the two images on each of its GPUs.
         ohem_keep=recipe.ohem_keep * images_at_once // 2,
         aux_weight=recipe.aux_weight,
         ignore_index=ignore_index,

@@ -1,1 +1,1 @@
-"""What all scripts stand on: command lines, settings, checkpoints, processes, files."""
+"""Shared helpers: command lines, settings, checkpoints, processes, files."""

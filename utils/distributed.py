@@ -169,7 +169,7 @@ def choose_devices(gpu: str) -> tuple[torch.device, ...]:
 def process_group(gpu: str) -> Iterator[Process]:
     """This process with its devices, ``choose_devices(gpu)``, joined to the others if torchrun started it.
 
-    It then ends by ``exit_process``.
+    Under torchrun, end the process through ``exit_process``.
 
     Raises:
         DeviceError: as ``choose_devices``.

@@ -34,7 +34,7 @@ class ASPP(nn.Module):
 class ASPPHead(ContextHead):
     """DeepLabv3's ASPP as the context module; arguments as in ``ContextHead``."""
 
-    pools_to_one: ClassVar[bool] = True
+    needs_two_images: ClassVar[bool] = True
 
     def __init__(self, in_channels: int, num_classes: int, norm: Norm) -> None:
         channels = in_channels // 4

@@ -1,4 +1,4 @@
-"""What all heads have in common: dropout by key, the classifier, and what a loss may want to see."""
+"""Base class of all heads: dropout by key, classifier, features for a loss."""
 
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ DROPOUT = 0.1
 
 
 class Head(nn.Module):
-    """Backbone features → logits. A subclass builds its layers, then its classifier, and says ``features``:
+    """Backbone features → logits. A subclass builds its layers, its classifier, and defines ``features``:
 
         class MyHead(Head):
             def __init__(self, in_channels: int, num_classes: int, norm: Norm) -> None:
@@ -25,7 +25,7 @@ class Head(nn.Module):
     Attributes:
         options: fields of NetworkConfig that the constructor takes as keywords; other heads refuse them.
         has_attention: whether there is criss-cross attention to look at.
-        pools_to_one: whether an image's mean is normalised, which trains on two images or more.
+        needs_two_images: whether training needs at least two images, as an image's mean is normalised.
         embedded_channels: of the features that a loss sees; those of the classifier's input unless changed.
         state_names: attributes that have another name in the state dict, see ``networks.names``.
     """
@@ -33,7 +33,7 @@ class Head(nn.Module):
     options: ClassVar[tuple[str, ...]] = ()
     state_names: ClassVar[dict[str, str]] = {}
     has_attention = False
-    pools_to_one: ClassVar[bool] = False
+    needs_two_images: ClassVar[bool] = False
     classifier: nn.Conv2d
     embedded_channels: int
 
@@ -53,7 +53,10 @@ class Head(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def features(self, x: Tensor) -> Tensor:
-        """The backbone's features (B,in_channels,h,w) → what the classifier sees (B,C,h,w)."""
+        """The backbone's features (B,in_channels,h,w) → what the classifier sees (B,C,h,w).
+
+        Override this, or ``encode`` where a loss should see something else.
+        """
         raise NotImplementedError
 
     def encode(self, x: Tensor, frames: int = 1) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Reduction, a context module and fusion: what all heads but the context module itself have in common."""
+"""The layers that all compared heads have around their context module: reduction, fusion, classifier."""
 
 from typing import ClassVar
 
@@ -44,7 +44,3 @@ class ContextHead(Head):
         """(B,in_channels,h,w) → what the classifier sees, and the context module's output."""
         context = self.context(self.conva(x))
         return self.bottleneck(torch.cat([x, self.convb(context)], dim=1)), context
-
-    def features(self, x: Tensor) -> Tensor:
-        """(B,in_channels,h,w) → (B,in_channels/4,h,w)."""
-        return self.encode(x)[0]

@@ -36,7 +36,7 @@ class PyramidPooling(nn.Module):
 class PSPHead(ContextHead):
     """Pyramid pooling as the context module; arguments as in ``ContextHead``."""
 
-    pools_to_one: ClassVar[bool] = True
+    needs_two_images: ClassVar[bool] = True
 
     def __init__(self, in_channels: int, num_classes: int, norm: Norm) -> None:
         channels = in_channels // 4

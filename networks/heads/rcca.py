@@ -1,4 +1,4 @@
-"""The recurrent criss-cross attention head (paper, section 3.2)."""
+"""The recurrent criss-cross attention head (paper, section 3.3)."""
 
 from typing import ClassVar
 
@@ -52,7 +52,3 @@ class RCCAHead(Head):
         if frames > 1:
             context = context.transpose(1, 2).flatten(0, 1)
         return self.bottleneck(torch.cat([x, self.convb(context)], dim=1)), context
-
-    def features(self, x: Tensor) -> Tensor:
-        """(B,in_channels,h,w) → (B,in_channels/4,h,w)."""
-        return self.encode(x)[0]

@@ -355,6 +355,13 @@ def test_every_implementation(kernels):
     assert result.returncode == 0, result.stdout
 
 
+@pytest.mark.parametrize("implementation", ["compiled", "PyTorch"])
+def test_a_misspelt_activation_is_refused(implementation):
+    normalize = torch.ops.libs.normalize_ if implementation == "compiled" else ops.normalize_
+    with pytest.raises((RuntimeError, ValueError), match="activation must be .* got leaky_rleu"):
+        normalize(torch.rand(2, 5, 3), torch.rand(10), None, None, 1e-5, "leaky_rleu", 0.01)
+
+
 def test_kernels_are_built_where_there_is_a_compiler():
     if os.environ.get("CI") and "LIBS_KERNELS" not in os.environ:
         assert ops.implementation("cpu").startswith("C++")

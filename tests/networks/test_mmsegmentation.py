@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from evaluation.inference import whole
 from networks import NetworkConfig, build_model, fold_norms, load_model, start_from
-from networks.config import REFERENCE, difference
-from networks.mmsegmentation import NETWORK, class_names, to_mmsegmentation
+from networks.config import REFERENCE_NETWORK, difference
+from networks.mmsegmentation import MMSEGMENTATION_NETWORK, class_names, to_mmsegmentation
 from utils.checkpoint import CheckpointError, load_checkpoint
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -227,10 +227,10 @@ def test_there_and_back(their, ours, tmp_path):
 
 def test_differences_are_told(ours):
     config = ours[1]
-    assert difference(config, NETWORK | {"backbone": "resnet50"}) == ""
-    assert "stem is v1c, there deep" in difference(config, REFERENCE)
-    assert "channel_order is BGR, there RGB" in difference(NetworkConfig(), NETWORK)
-    assert difference(NetworkConfig(num_classes=7, recurrence=3), REFERENCE) == ""
+    assert difference(config, MMSEGMENTATION_NETWORK | {"backbone": "resnet50"}) == ""
+    assert "stem is v1c, there deep" in difference(config, REFERENCE_NETWORK)
+    assert "channel_order is BGR, there RGB" in difference(NetworkConfig(), MMSEGMENTATION_NETWORK)
+    assert difference(NetworkConfig(num_classes=7, recurrence=3), REFERENCE_NETWORK) == ""
 
 
 def test_names_and_colours(file):
@@ -267,7 +267,7 @@ def test_plain_batch_norm_under_our_names(tmp_path):
 
 
 def test_starting_from_it(file):
-    config = NetworkConfig(**NETWORK, backbone="resnet50", num_classes=CLASSES)
+    config = NetworkConfig(**MMSEGMENTATION_NETWORK, backbone="resnet50", num_classes=CLASSES)
     model = build_model(config)
     contents = load_checkpoint(file)
     assert start_from(model, contents, file) == ""

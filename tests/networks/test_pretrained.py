@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import libs
-from networks import HEADS, Head, NetworkConfig, build_model, load_model, network_of, start_from
+from networks import HEADS, Head, NetworkConfig, build_model, load_model, settings_from_start, start_from
 from networks.layers import conv_norm
 from networks.names import IMAGENET_MEAN, IMAGENET_STD, from_torchvision
 from networks.resnet import STEMS
@@ -344,14 +344,14 @@ def test_what_the_weights_of_a_checkpoint_mean_is_taken_over(tmp_path):
     }  # fmt: skip
     path, state = tmp_path / "x.pth", {"x": torch.zeros(1)}
     config = NetworkConfig(backbone="resnet18", recurrence=1, **other)
-    assert network_of({"model": state, "network": config.to_dict()}, path) == other
-    assert network_of({"model": state, "network": {"backbone": "resnet18", "std": [1, 2, 3]}}, path) == {
-        "std": (1, 2, 3)
-    }
+    assert settings_from_start({"model": state, "network": config.to_dict()}, path) == other
+    assert settings_from_start(
+        {"model": state, "network": {"backbone": "resnet18", "std": [1, 2, 3]}}, path
+    ) == {"std": (1, 2, 3)}
     for contents in (state, {"model": state, "settings": {"backbone": "resnet18"}}, {"network": state}):
-        assert network_of(contents, path) == {}
+        assert settings_from_start(contents, path) == {}
     with pytest.raises(CheckpointError, match=r"x\.pth: its settings make no network \(std must be above 0"):
-        network_of({"model": state, "network": {"std": (0, 1, 1)}}, path)
+        settings_from_start({"model": state, "network": {"std": (0, 1, 1)}}, path)
 
 
 @pytest.mark.parametrize("has_embedding", [False, True])

@@ -15,7 +15,7 @@ from dataset import DATASETS, Normalization, generic_table
 from evaluation.inference import whole
 from networks import NetworkConfig, build_model, load_model
 from networks.heads.psp import PyramidPooling
-from networks.mmsegmentation import NETWORK, to_mmsegmentation
+from networks.mmsegmentation import MMSEGMENTATION_NETWORK, to_mmsegmentation
 from networks.portable import BinMeans, Logits, with_formula
 from utils.checkpoint import load_checkpoint
 
@@ -200,7 +200,7 @@ def test_weights_for_the_reference(plain, tmp_path):
 
 def test_weights_for_mmsegmentation(call, tmp_path):
     torch.manual_seed(0)
-    config = NetworkConfig(**NETWORK, backbone="resnet50", num_classes=CLASSES, recurrence=1)
+    config = NetworkConfig(**MMSEGMENTATION_NETWORK, backbone="resnet50", num_classes=CLASSES, recurrence=1)
     model = build_model(config)
     model.head.cca.gamma.data.fill_(2)
     model.head.classifier.weight.data.normal_()
@@ -220,7 +220,7 @@ def test_weights_for_mmsegmentation(call, tmp_path):
 
 def test_training_from_mmsegmentation_takes_its_network(call, demo_data, tmp_path):
     torch.manual_seed(0)
-    model = build_model(NetworkConfig(**NETWORK, backbone="resnet50"))
+    model = build_model(NetworkConfig(**MMSEGMENTATION_NETWORK, backbone="resnet50"))
     torch.save({"state_dict": to_mmsegmentation(model)}, tmp_path / "theirs.pth")
     small = ("--input-size", "33,41", "--batch-size", 2, "--num-steps", 1, "--learning-rate", 1e-9)
     common = ("train.py", "--data-dir", demo_data, "--restore-from", tmp_path / "theirs.pth", "--gpu", "cpu")
@@ -230,7 +230,7 @@ def test_training_from_mmsegmentation_takes_its_network(call, demo_data, tmp_pat
     assert "theirs.pth, whose network is taken over\n" in result.out
     trained, config = load_model(tmp_path / "run" / "CS_scenes_1.pth")
     assert config.backbone == "resnet50"
-    assert all(getattr(config, name) == value for name, value in NETWORK.items())
+    assert all(getattr(config, name) == value for name, value in MMSEGMENTATION_NETWORK.items())
     started = load_model(tmp_path / "theirs.pth")[0]
     for got, want in zip(trained.parameters(), started.parameters(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -122,7 +122,7 @@ def test_parts_on_several_devices_are_one_batch(sizes):
     (want_grad,) = torch.autograd.grad(want, embedding)
     criterion = build_criterion(ccl=True)
     parts = zip(embedding.split(sizes), target.split(sizes), strict=True)
-    losses = criterion.over([(with_logits(e, len(e)), t) for e, t in parts])
+    losses = criterion.batch_losses([(with_logits(e, len(e)), t) for e, t in parts])
     terms = losses["loss_ccl_var"] + losses["loss_ccl_dis"] + 0.001 * losses["loss_ccl_reg"]
     torch.testing.assert_close(terms, want.detach())
     torch.testing.assert_close(losses["loss"].detach(), want.detach() + losses["loss_head"])
@@ -139,7 +139,7 @@ def test_parts_in_several_processes_are_one_batch(processes):
     criterion = build_criterion(ccl=True)
 
     def run(process, part, labels):
-        losses = criterion.over([(with_logits(part, len(part)), labels)], process)
+        losses = criterion.batch_losses([(with_logits(part, len(part)), labels)], process)
         return losses, torch.autograd.grad(losses["loss"] - losses["loss_head"], part)[0]
 
     parts = [x.detach().requires_grad_() for x in embedding.chunk(processes)]

@@ -14,5 +14,5 @@ def test_a_named_recipe_keeps_its_own_input_on_resumption_and_takes_the_rest_fro
     named = replace(CITYSCAPES, network=NetworkConfig(channel_order="RGB"))
     before = replace(CITYSCAPES, network=NetworkConfig(head_activation="relu"))
     command = Command(named, True, {}, {}, RunOptions(data_dir=Path("x")), False)
-    network = command.settle(Resumed(Path("x_1.pth"), {}, before, ""), {}).network
+    network = command.recipe_for(Resumed(Path("x_1.pth"), {}, before, ""), {}).network
     assert (network.channel_order, network.head_activation) == ("RGB", "relu")

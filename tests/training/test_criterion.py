@@ -186,7 +186,7 @@ def test_parts_on_several_devices_are_one_batch(ohem, keep, sizes):
     whole = criterion({"out": small, "aux": aux}, target)["loss"]
     want = torch.autograd.grad(whole, (small, aux))
     outputs = zip(small.split(sizes), aux.split(sizes), target.split(sizes), strict=True)
-    losses = criterion.over([({"out": out, "aux": a}, labels) for out, a, labels in outputs])
+    losses = criterion.batch_losses([({"out": out, "aux": a}, labels) for out, a, labels in outputs])
     torch.testing.assert_close(losses["loss"], whole)
     torch.testing.assert_close(losses["loss_head"] + 0.4 * losses["loss_aux"], whole.detach())
     for got, expected in zip(torch.autograd.grad(losses["loss"], (small, aux)), want, strict=True):
@@ -200,11 +200,11 @@ def test_parts_in_several_processes_are_one_batch(ohem, keep, processes):
     small, target = sample(batch=4)
     target[0] = 255
     criterion = build_criterion(ohem, 0.05, keep)
-    whole = criterion.over([({"out": small}, target)])
+    whole = criterion.batch_losses([({"out": small}, target)])
     (want,) = torch.autograd.grad(whole["loss"], small)
 
     def run(process, logits, labels):
-        losses = criterion.over([({"out": logits}, labels)], process)
+        losses = criterion.batch_losses([({"out": logits}, labels)], process)
         return losses, torch.autograd.grad(losses["loss"], logits)[0]
 
     parts = [x.detach().requires_grad_() for x in small.chunk(processes)]
@@ -221,9 +221,9 @@ def test_the_share_of_kept_pixels():
     probabilities = logits.softmax(1).detach().numpy()
     labelled = [p for p in np.ndindex(*target.shape) if target[p] != 255]
     hard = sum(probabilities[b, target[b, y, x], y, x] <= 0.3 for b, y, x in labelled)
-    losses = build_criterion(ohem=True, ohem_thres=0.3, ohem_keep=0).over([({"out": small}, target)])
+    losses = build_criterion(ohem=True, ohem_thres=0.3, ohem_keep=0).batch_losses([({"out": small}, target)])
     assert losses["kept_pixels"].item() == pytest.approx(hard / len(labelled))
-    assert build_criterion().over([({"out": small}, target)])["kept_pixels"].item() == 1
+    assert build_criterion().batch_losses([({"out": small}, target)])["kept_pixels"].item() == 1
 
 
 @pytest.mark.parametrize("keep", [0, 640])

@@ -95,7 +95,7 @@ struct Shape {
   Line through_time() const { return {frames, reduced, channels, pixels(), false, true}; }
 };
 
-// Python has checked the arguments and said what is wrong with them; this is the last line before memory.
+// Python has checked the arguments and reported faults; this check only guards memory accesses.
 Shape checked(const Tensor& query, const Tensor& key, const Tensor& value) {
   const int64_t dims = query.dim();
   const auto same = [dims](const Tensor& x, const Tensor& y) {

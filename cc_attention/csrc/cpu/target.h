@@ -1,3 +1,4 @@
+// (libs has the same file: a package's binary is known by the hash of its own sources.)
 // Between TARGET_BEGIN and TARGET_END functions are compiled for an instruction set that not every processor has.
 // (-march=native would not run on an older machine, and GCC's target_clones cannot give each set a tile of its own
 // size.)

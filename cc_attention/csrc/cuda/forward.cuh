@@ -1,5 +1,5 @@
 // Criss-cross attention, forward: out[u] = Σ_i softmax_i(query[u] · key[i]) value[i] over the row and the
-// column of u and, in a clip, the line through time (paper, section 3.1), the own position once: the row has it,
+// column of u and, in a clip, the line through time (paper, section 3.2), the own position once: the row has it,
 // the others leave it out.
 //
 // A pass adds the contribution of some keys of each line of one axis. Between passes `out` is the result over

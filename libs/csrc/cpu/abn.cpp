@@ -50,6 +50,14 @@ std::vector<W> vector_of(const std::optional<Tensor>& given, int64_t channels, W
   return values;
 }
 
+Activation activation_of(const std::string& name) {
+  if (name == "leaky_relu") return Activation::leaky_relu;
+  if (name == "elu") return Activation::elu;
+  if (name == "relu") return Activation::relu;
+  STD_TORCH_CHECK(name == "identity", "activation must be leaky_relu, elu, relu or identity; got ", name);
+  return Activation::identity;
+}
+
 template <typename W>
 struct Settings {
   Settings(int64_t channels, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
@@ -57,11 +65,7 @@ struct Settings {
       : scale(vector_of<W>(weight, channels, 1)),
         bias(vector_of<W>(bias, channels, 0)),
         inverse_scale(channels),
-        activation{activation == "leaky_relu" ? Activation::leaky_relu
-                   : activation == "elu"      ? Activation::elu
-                   : activation == "relu"     ? Activation::relu
-                                              : Activation::identity,
-                   static_cast<W>(param)} {
+        activation{activation_of(activation), static_cast<W>(param)} {
     for (int64_t c = 0; c < channels; ++c) {
       if (weight.has_value()) scale[c] = std::abs(scale[c]) + static_cast<W>(eps);
       inverse_scale[c] = 1 / scale[c];

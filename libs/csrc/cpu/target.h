@@ -1,3 +1,4 @@
+// (cc_attention has the same file: a package's binary is known by the hash of its own sources.)
 // Between TARGET_BEGIN and TARGET_END functions are compiled for an instruction set that not every processor has.
 // (-march=native would not run on an older machine.)
 #pragma once

@@ -107,9 +107,11 @@ void gradient(const Step<T>& step, Launch launch) {
   const Division& d = step.division;
   with_constants(step, [&](auto phi, auto vector) {
     // With a shortcut, sums has written dz, and the rest is IDENTITY.
-    if constexpr (decltype(phi)::VALUE != Activation::ADD_RELU) launch(d.blocks(), d.threads(), bytes_of_coefficients<Wide<T>>(d, 4),
-           gradient_kernel<decltype(phi)::VALUE, T, decltype(vector)::VALUE>, d, step.maps, step.channels,
-           step.phi);
+    if constexpr (decltype(phi)::VALUE != Activation::ADD_RELU) {
+      launch(d.blocks(), d.threads(), bytes_of_coefficients<Wide<T>>(d, 4),
+             gradient_kernel<decltype(phi)::VALUE, T, decltype(vector)::VALUE>, d, step.maps, step.channels,
+             step.phi);
+    }
   });
 }
 
