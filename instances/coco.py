@@ -93,7 +93,7 @@ def read_split(root: Path, split: str) -> CocoSplit:
 
 
 def check_schema(contents: Any, file: Path) -> None:
-    """COCO's instance annotations, as far as this room reads them.
+    """COCO's instance annotations, as far as this package reads them.
 
     Raises:
         CocoError: the first entry that is otherwise, by its id.

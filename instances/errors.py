@@ -1,4 +1,4 @@
-"""Errors that are answered with one line, and packages that only this room needs."""
+"""Errors that are answered with one line, and packages that only this folder needs."""
 
 import importlib
 from types import ModuleType

@@ -236,9 +236,8 @@ class DilatedResNet(Backbone):
             x = norm_relu_conv(self.bn1, x, self.conv2)
             x = norm_relu_conv(self.bn2, x, self.conv3)
             last_norm = self.bn3
-        x = F.relu_(
-            self.maxpool(last_norm(x))
-        )  # as maxpool(relu(x)), with a quarter of the positions to clip
+        # Equals maxpool(relu(x)), with the ReLU on a quarter of the positions.
+        x = F.relu_(self.maxpool(last_norm(x)))
         x = self.layer2(self.layer1(x))
         layer3 = self.layer3(x)
         return layer3, self.layer4(layer3)

@@ -358,7 +358,7 @@ def test_every_implementation(kernels):
 @pytest.mark.parametrize("implementation", ["compiled", "PyTorch"])
 def test_a_misspelt_activation_is_refused(implementation):
     normalize = torch.ops.libs.normalize_ if implementation == "compiled" else ops.normalize_
-    with pytest.raises((RuntimeError, ValueError), match="activation must be .* got leaky_rleu"):
+    with pytest.raises((RuntimeError, ValueError), match=r"activation must be .* got leaky_rleu"):
         normalize(torch.rand(2, 5, 3), torch.rand(10), None, None, 1e-5, "leaky_rleu", 0.01)
 
 

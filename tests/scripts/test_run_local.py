@@ -95,7 +95,7 @@ def documented_commands():
     text = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/training.md"))
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.strip() and not line.startswith(("for ", "done"))]
+    return [line for line in lines if line.strip() and not line.startswith(("for ", "done", "#"))]
 
 
 @pytest.mark.parametrize("line", documented_commands())
