@@ -89,7 +89,7 @@ def main() -> None:
                     reports.add(others)
             with process.all_or_none():
                 if process.is_main:
-                    report(evaluation, options, seconds)
+                    write_results(evaluation, options, seconds)
 
 
 @dataclass
@@ -117,8 +117,8 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
     path = find_checkpoint(options.restore_from)
     checkpoint = load_checkpoint(path)
     trained = trained_on(checkpoint, path)
-    given = {name: getattr(options, name) for name in ("model", "backbone", "recurrence")}
-    given = {name: value for name, value in given.items() if value is not None}
+    names = ("model", "backbone", "recurrence")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
     model, config = restore_model(checkpoint, path, **given)
     spec, pairs = find_samples(options, trained, config.num_classes)
     other = None
@@ -149,20 +149,16 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
             print("\n".join(strides))
     dataset = EvaluationDataset(samples, spec.labels, normalization, spec.ignore_label)
     share = dataset.share(process.rank, process.world_size)
-    savers: list[Save] = []
     submission = reports = None
-    if options.save:
-        savers.append(prediction_writer(options.output_dir, spec.labels, normalization))
     if options.submission:
         submission = Submission(options.submission, spec.labels, process.rank, process.world_size)
-        savers.append(submission)
     if options.report:
         reports = ImageReports(options.report_images, spec.labels, spec.ignore_label, normalization)
-        savers.append(reports)
+    writer = prediction_writer(options.output_dir, spec.labels, normalization) if options.save else None
     return Evaluation(
         settings={
             "checkpoint": str(path),
-            **{name: getattr(config, name) for name in ("model", "backbone", "recurrence")},
+            **{name: getattr(config, name) for name in names},
             "input_size": tile_size,
             "fit": fit,
             "step": trained.step,
@@ -174,7 +170,7 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
         loaded=load_samples(share, options.num_workers, pin_memory=process.device.type == "cuda"),
         predict=predict_as(options, network, tile_size, fit, spec.labels.mirror_pairs, process.device),
         matrix=ConfusionMatrix(spec.labels.num_classes, spec.ignore_label, process.device),
-        save=in_turn(savers) if savers else None,
+        save=in_turn(writer, submission, reports),
         metrics_file=metrics_file,
         submission=submission,
         reports=reports,
@@ -249,18 +245,19 @@ def check_classes(checkpoint: dict[str, Any], path: Path, classes: int, spec: Da
     return [f"note      {difference}: scores are right only if they mean the same"]
 
 
-def in_turn(savers: Sequence[Save]) -> Save:
-    """A function that hands a prediction to several."""
+def in_turn(*all_savers: Save | None) -> Save | None:
+    """A function that hands a prediction to all that are there; None: there are none."""
+    savers = [each for each in all_savers if each is not None]
 
     def save(sample: Sample, prediction: np.ndarray) -> None:
         for each in savers:
             each(sample, prediction)
 
-    return save
+    return save if savers else None
 
 
-def report(evaluation: Evaluation, options: EvaluationOptions, seconds: float) -> None:
-    """Print the table and write ``metrics.json``."""
+def write_results(evaluation: Evaluation, options: EvaluationOptions, seconds: float) -> None:
+    """Print the table; write ``metrics.json``, the submission's archive and the report."""
     matrix, spec, images = evaluation.matrix, evaluation.spec, len(evaluation.pairs)
     speed = images / seconds
     print(f"{images} images in {seconds:.1f} s, {speed:.3g} images/s")
