@@ -51,6 +51,7 @@ def trained_on(contents: Mapping[str, Any], path: Path) -> TrainedOn:
     return TrainedOn(
         crop=crop,
         clip=clip,
+        # As Recipe.fit, for checkpoints whose recipe cannot be built.
         fit=short_side or (crop if settings.get("random_affine") else None),
         ignore_label=ignore_label,
         step=step if isinstance(step, int) else None,
