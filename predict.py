@@ -4,6 +4,7 @@ from utils import startup
 
 startup.prepare()  # before imports that take seconds
 
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -117,6 +118,7 @@ def main() -> None:
     if options.recipe:
         find_recipe(options.recipe)  # for what its module registers
     point = options.point
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is done of a video is kept
     files = find_inputs(options.input, options.output_dir)
     predictor = Predictor(
         find_checkpoint(options.restore_from),
@@ -190,7 +192,8 @@ class Run:
                 self._report(error)
 
     def _predict_video(self, file: InputFile, video: VideoReader, ffmpeg: str | None) -> None:
-        labels, target, fault = self.predictor.labels, None, None
+        labels, target = self.predictor.labels, None
+        fault: DataError | KeyboardInterrupt | None = None
         path = self.options.output_dir / "overlay" / f"{file.name}.mp4"
 
         def write(frame: np.ndarray, ids: np.ndarray) -> None:
@@ -208,7 +211,7 @@ class Run:
                             writer.run(write, *frame)
                         done += len(frames)
                         self.bar.update(len(frames))
-                except DataError as error:  # the frames before it are kept
+                except (DataError, KeyboardInterrupt) as error:  # the frames before it are kept
                     fault = error
             if target is not None:
                 target.close()
@@ -217,6 +220,8 @@ class Run:
                 target.discard()
             raise
         self._expect(done - video.frames)
+        if isinstance(fault, KeyboardInterrupt):
+            tqdm.write(f"{path}: holds the {done} frames that were done", file=sys.stderr)
         if fault is not None:
             raise fault
 

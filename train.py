@@ -48,7 +48,8 @@ def main() -> None:
     with process_group(options.gpu) as process:
         with process.all_or_none():
             run, remarks = build(command, process)
-        check_same_start(process, run.data.images, run.first_step, run.recipe, options.joint())
+        images = f"{run.data.images} and for validation {run.data.validation_images}"
+        check_same_start(process, images, run.first_step, run.recipe, options.joint())
         with ExitStack() as stack:
             with process.all_or_none():
                 if process.is_main:
@@ -154,7 +155,8 @@ def train(run: Run) -> None:
             done = step
 
             save_now = is_due(options.save_pred_every, step) or step == recipe.num_steps
-            if save_now or is_due(LOG_EVERY, step):
+            # Before an evaluation too: a loss that is not finite is told as such.
+            if save_now or is_due(LOG_EVERY, step) or is_due(options.val_every, step):
                 run.log(step, window.read(step), progress)
                 freed_memory.give_back()
             if progress and is_due(max(recipe.num_steps // PICTURES, 1), step):

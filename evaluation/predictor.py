@@ -89,7 +89,8 @@ class Predictor:
             raise ValueError(f"amp must be one of {', '.join(AMP)}; got {amp!r}")
         if not _are_positive((batch_size,), numbers.Integral):
             raise ValueError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
-        if fit not in ("auto", None) and not (_is_size(fit) or _are_positive((fit,), numbers.Integral)):
+        is_fit = _is_size(fit) or (_are_positive((fit,), numbers.Integral) and not isinstance(fit, bool))
+        if fit is not None and not is_fit and not (isinstance(fit, str) and fit == "auto"):
             raise ValueError(f"fit must be (height, width), a short side, None or 'auto'; got {fit!r}")
         for name, value, allowed in (("flip", flip, (True, False)), ("whole", whole, (True, False, None))):
             if value not in allowed:
@@ -124,6 +125,8 @@ class Predictor:
         backbone = model.backbone
         self.normalization = Normalization(backbone.mean, backbone.std, backbone.channel_order)
         self.tile_size, self.clip = tile_size or trained.crop, trained.clip
+        if isinstance(fit, numbers.Integral):
+            fit = int(fit)
         self.fit: Fit = trained.fit if fit == "auto" else fit
         self._align_corners = getattr(model, "align_corners", True)
         # Normalisation layers cost nothing once they are part of the convolutions.

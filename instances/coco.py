@@ -19,6 +19,8 @@ from instances.errors import InstancesError, require
 Target = dict[str, Tensor]
 Item = TypeVar("Item")
 LARGEST_CATEGORY = 9999
+# Of a box, in pixels. Mirrored and scaled in fp32, the sides of a thinner one might coincide.
+SMALLEST_SIDE = 1e-3
 
 
 class CocoError(InstancesError):
@@ -148,14 +150,16 @@ def _distribute_annotations(data: CocoSplit) -> None:
             raise CocoError(f"{where} is of category {entry['category_id']}, which the file does not list")
         index = index_of[entry["image_id"]]
         box = entry["bbox"]
-        if len(box) != 4 or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in box):
+        if len(box) != 4 or not _are_finite(box):
             raise CocoError(f"{where}: bbox must be four numbers x, y, width, height; got {box}")
         _check_segmentation(entry["segmentation"], data.images[index], where)
+        if entry.get("iscrowd") not in (None, 0, 1):
+            raise CocoError(f"{where}: iscrowd is 0 or 1; got {entry['iscrowd']!r}")
         if entry.get("iscrowd"):
             crowds += 1
             continue
         left, top, right, bottom = clip_box(box, data.images[index])
-        if right <= left or bottom <= top:
+        if min(right - left, bottom - top) < SMALLEST_SIDE:
             without_area += 1
             first = first or entry["id"]
             continue
@@ -191,12 +195,15 @@ def _check_segmentation(segmentation: Any, image: dict[str, Any], where: str) ->
     if not lengths or any(length < 6 or length % 2 for length in lengths):
         raise CocoError(f"{where}: polygons need three or more points x, y; got {lengths} numbers")
     for polygon in segmentation:
-        try:
-            is_finite = all(map(math.isfinite, polygon))
-        except TypeError:
-            is_finite = False
-        if not is_finite:
+        if not _are_finite(polygon):
             raise CocoError(f"{where}: polygons must be finite numbers; got {polygon}")
+
+
+def _are_finite(values: list[Any]) -> bool:
+    try:
+        return all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
+    except OverflowError:  # a whole number beyond floats
+        return False
 
 
 def clip_box(box: list[float], image: dict[str, Any]) -> tuple[float, float, float, float]:

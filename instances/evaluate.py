@@ -107,8 +107,12 @@ def score(contents: dict[str, Any], detections: list[Detection], kind: str) -> d
     coco_module, evaluation = require("pycocotools.coco"), require("pycocotools.cocoeval")
     truth, results = coco_module.COCO(), coco_module.COCO()
     with contextlib.redirect_stdout(io.StringIO()):
-        # pycocotools writes into what it is given.
-        truth.dataset = contents | {"annotations": [dict(entry) for entry in contents["annotations"]]}
+        # pycocotools writes into what it is given, takes an annotation of id 0 for none, and wants "iscrowd".
+        annotations = [
+            entry | {"id": number, "iscrowd": int(bool(entry.get("iscrowd")))}
+            for number, entry in enumerate(contents["annotations"], start=1)
+        ]
+        truth.dataset = contents | {"annotations": annotations}
         truth.createIndex()
         if detections:
             results = truth.loadRes([dict(entry) for entry in detections])
@@ -217,10 +221,10 @@ def evaluate(args: argparse.Namespace, path: Path, process: Process) -> None:
     if not process.is_main:
         return
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    metrics: dict[str, Any] = {}
-    for kind, entries in result_files(detections).items():
+    files = result_files(detections)
+    for kind, entries in files.items():  # before they are scored: no failure there may lose them
         (args.output_dir / f"detections_{kind}.json").write_text(json.dumps(entries))
-        metrics[kind] = score(data.contents, entries, kind)
+    metrics: dict[str, Any] = {kind: score(data.contents, entries, kind) for kind, entries in files.items()}
     about = {
         "checkpoint": str(path), "step": contents["step"], "config": contents["config"] | changes,
         "data": str(data.file), "images": len(data.images), "detections": len(detections),

@@ -232,8 +232,15 @@ def load_model(path: Path, score_threshold: float = 0.05, **changes: Any) -> tup
     return model.eval(), contents
 
 
+def not_finite(state: dict[str, Tensor]) -> list[str]:
+    """The entries of a state dict that hold NaN or infinity."""
+    return [name for name, x in state.items() if x.is_floating_point() and not bool(x.isfinite().all())]
+
+
 def _load(model: nn.Module, state: dict[str, Tensor], path: Path, may_lack: tuple[str, ...]) -> None:
     """Load a state dict that fits strictly, up to the prefixes in ``may_lack`` and batch counters."""
+    if broken := not_finite(state):
+        raise CheckpointError(f"{path}: {len(broken)} of its weights are not finite, such as {broken[0]}")
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # torch lists the entries of another shape, one a line

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import cc_attention
 from instances.coco import CocoSplit, StepBatches, TrainDataset, read_by_workers, read_split
 from instances.errors import InstancesError, UsageError, require
-from instances.model import build_model, norm_eps_of, start_from
+from instances.model import build_model, norm_eps_of, not_finite, start_from
 from instances.options import PRECISIONS, config_of, parse_args
 from utils.arguments import run_script
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -140,9 +140,15 @@ class Run:
         settings = {name: getattr(self.args, name) for name in DEFINING} | {"images": self.data_key()}
         folder = self.args.snapshot_dir
         path = folder / f"instances_{self.step:06d}.pth"
+        model = self.model.state_dict()
+        if broken := not_finite(model):  # no later loss has told, and older checkpoints would go
+            raise TrainingError(
+                f"step {self.step}: {broken[0]} is not finite; earlier checkpoints are kept, a lower "
+                "--learning-rate may help"
+            )
         contents = {
             "step": self.step,
-            "model": self.model.state_dict(),
+            "model": model,
             "config": self.config.to_dict(),
             "settings": settings,
             "categories": self.data.categories,

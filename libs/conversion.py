@@ -9,12 +9,17 @@ from libs.modules import ABN
 
 
 def freeze(module: nn.Module) -> None:
-    """Fix statistics and affine parameters of all ABN and BatchNorm layers, also after ``module.train()``."""
+    """Fix statistics and affine parameters of all ABN and BatchNorm layers, also after ``module.train()``.
+
+    There is no way back but to build the network anew.
+    """
     for layer in module.modules():
         if isinstance(layer, ABN):
             layer.freeze()
         elif isinstance(layer, _BatchNorm):
-            layer.requires_grad_(False).eval().register_forward_pre_hook(_to_evaluation)
+            layer.requires_grad_(False).eval()
+            if _to_evaluation not in layer._forward_pre_hooks.values():
+                layer.register_forward_pre_hook(_to_evaluation)
 
 
 def _to_evaluation(layer: nn.Module, _: object) -> None:
@@ -41,6 +46,8 @@ def to_batch_norm(layer: ABN) -> nn.Module:
     for name, parameter in norm.named_parameters():
         parameter.requires_grad_(getattr(layer, name).requires_grad)
     norm.train(layer.training)
+    if layer.frozen:
+        freeze(norm)
     return norm if layer.activation == "identity" else nn.Sequential(norm, activation_of(layer))
 
 

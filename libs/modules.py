@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, Self
 from weakref import WeakSet
 
@@ -99,8 +100,9 @@ class ABN(nn.Module):
         )
 
 
-# Layers in half types on a GPU, by the stream on which they work.
+# Layers in half types on a GPU, by the stream on which they work. A thread may have a network of its own.
 _ON_STREAM: defaultdict[object, WeakSet["InPlaceABN"]] = defaultdict(WeakSet)
+_LOCK = Lock()
 
 
 class InPlaceABN(ABN):
@@ -196,8 +198,9 @@ class InPlaceABN(ABN):
             return None
         if not torch.is_grad_enabled() or not (self.training or affine.weight.requires_grad):
             return None
-        # A replica's parameters are copies, new ones in each pass, perhaps in the same memory.
-        if not x.is_cuda or not isinstance(affine.weight, nn.Parameter):
+        # A replica's parameters are copies, new in each pass, perhaps in the same memory, and a sharded one
+        # is not what an optimiser changes.
+        if not x.is_cuda or type(affine.weight) is not nn.Parameter:
             return imprecise_channels([affine])[0]
         if torch.cuda.is_current_stream_capturing():  # nothing may wait
             return self._imprecise[1]
@@ -210,8 +213,10 @@ class InPlaceABN(ABN):
         training waits once. Changes through ``.data`` are not seen.
         """
         count_optimizer_steps()
-        _ON_STREAM[stream].add(self)
-        if self._imprecise[0] != affine.state():
+        if self._imprecise[0] == affine.state():
+            return self._imprecise[1]
+        with _LOCK:
+            _ON_STREAM[stream].add(self)
             all_layers = [(layer, layer._affine()) for layer in _ON_STREAM[stream]]
             here = [(layer, x) for layer, x in all_layers if x and x.weight.device == affine.weight.device]
             changed = [(layer, x) for layer, x in here if x.state() != layer._imprecise[0]]

@@ -67,10 +67,14 @@ def imprecise_channels(layers: Sequence[Affine]) -> list[Tensor | None]:
 
 @cache
 def count_optimizer_steps() -> None:
-    """Let each step of any optimiser raise the versions of its parameters, as PyTorch's fused ones do not."""
+    """Let each step of any optimiser in this process raise the versions of the parameters that it changes.
+
+    PyTorch's fused optimisers do not.
+    """
 
     def count(optimizer: Optimizer, *_: object) -> None:
-        increment_version([parameter for group in optimizer.param_groups for parameter in group["params"]])
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        increment_version([parameter for parameter in parameters if parameter.grad is not None])
 
     register_optimizer_step_post_hook(count)
 

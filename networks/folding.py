@@ -20,21 +20,20 @@ def fold_norms(model: nn.Module) -> nn.Module:
     """
     folded = copy.deepcopy(model).eval()
     places = Counter(id(module) for _, module in folded.named_modules(remove_duplicate=False))
-    for module in list(folded.modules()):
-        pairs = [pair for pair in norm_pairs(module) if _can_be_one(*map(module.get_submodule, pair))]
-        in_pairs = Counter(name for pair in pairs for name in pair)
-        for conv_name, norm_name in pairs:
-            conv: Any = module.get_submodule(conv_name)
-            norm: Any = module.get_submodule(norm_name)
-            # A layer that has a second place or partner does not belong to this pair alone.
-            if max(places[id(conv)], places[id(norm)], in_pairs[conv_name], in_pairs[norm_name]) == 1:
-                module.set_submodule(conv_name, fold(conv, norm))
-                module.set_submodule(norm_name, activation_of(norm))
+    pairs: list[tuple[nn.Module, str, str, Any, Any]] = []
+    for module in folded.modules():
+        for conv_name, norm_name in norm_pairs(module):
+            conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
+            if type(conv) is nn.Conv2d and isinstance(norm, ABN):
+                pairs.append((module, conv_name, norm_name, conv, norm))
+    # A set: a Sequential may list a pair that its parent names too.
+    partners = Counter(layer for pair in {(id(conv), id(norm)) for *_, conv, norm in pairs} for layer in pair)
+    for module, conv_name, norm_name, conv, norm in pairs:
+        # A layer that has a second place or partner does not belong to this pair alone.
+        if all(places[id(layer)] == partners[id(layer)] == 1 for layer in (conv, norm)):
+            module.set_submodule(conv_name, fold(conv, norm))
+            module.set_submodule(norm_name, activation_of(norm))
     return folded
-
-
-def _can_be_one(conv: nn.Module, norm: nn.Module) -> bool:
-    return type(conv) is nn.Conv2d and isinstance(norm, ABN)
 
 
 def norm_pairs(module: nn.Module) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Weights from files: a whole network for evaluation, or the start of a training run."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from networks.mmsegmentation import (
     is_mmsegmentation,
 )
 from networks.names import from_batch_norm, from_torchvision
-from networks.recognition import config_of, stem_by_shape
+from networks.recognition import config_of, stem_by_shape, told_by
 from networks.registry import build_model
 from networks.resnet import STEMS
 from networks.segmenter import Segmenter
@@ -94,13 +94,12 @@ def _name_likely_cause(contents: dict[str, Any], model: Segmenter) -> Iterator[N
     try:
         yield
     except CheckpointError as error:
-        causes = []
-        with suppress(ValueError, CheckpointError):
-            there = config_of(contents, model_state(contents, Path()))
-            for name in ("backbone", "model"):
-                value, own = getattr(there, name), getattr(model.config, name, None)
-                if value != own:
-                    causes.append(f"; its {name} is {value}, the network's {own}: --{name} {value}")
+        told, own = told_by(contents, model_state(contents, Path())), model.config
+        causes = [
+            f"; its {name} is {told[name]}, the network's {getattr(own, name)}: --{name} {told[name]}"
+            for name in ("backbone", "model")
+            if own is not None and name in told and told[name] != getattr(own, name)
+        ]
         raise CheckpointError(f"{error}{''.join(causes)}") from None
 
 

@@ -14,8 +14,25 @@ from networks.registry import HEADS
 def config_of(contents: dict[str, Any], state: dict[str, Tensor], **settings: Any) -> NetworkConfig:
     """The config that a checkpoint holds; of one without, what the shapes of its weights tell.
 
+    Args:
+        state: its weights.
+        settings: fields in the place of the checkpoint's.
+
     Raises:
         ValueError: unknown or impossible settings.
+    """
+    values = {**told_by(contents, state), **settings}
+    model = values.get("model", NetworkConfig.model)
+    if "recurrence" in settings and model in HEADS and "recurrence" not in HEADS[model].options:
+        raise ValueError(f"recurrence is given, model {model} has none")
+    return NetworkConfig.from_dict(values)
+
+
+def told_by(contents: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
+    """The fields of NetworkConfig that a file stores, or that the shapes of its weights tell.
+
+    Raises:
+        ValueError: it stores something else under that name.
     """
     recipe, flat = contents.get("recipe"), contents.get("settings")
     values = contents.get("network") or (recipe.get("network") if isinstance(recipe, dict) else None)
@@ -28,10 +45,7 @@ def config_of(contents: dict[str, Any], state: dict[str, Tensor], **settings: An
         values = _config_by_shapes(state)
     if not isinstance(values, dict):
         raise ValueError(f"network is {type(values).__name__}, not a dict of settings")
-    model = {**values, **settings}.get("model", NetworkConfig.model)
-    if "recurrence" in settings and model in HEADS and "recurrence" not in HEADS[model].options:
-        raise ValueError(f"recurrence is given, model {model} has none")
-    return NetworkConfig.from_dict({**values, **settings})
+    return values
 
 
 def _config_by_shapes(state: dict[str, Tensor]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class RunOptions(DataOptions):
 
     def joint(self) -> dict[str, object]:
         """What decides when processes exchange something, and so must be the same in all of them."""
-        names = ("val_every", "val_split", "val_list", "save_pred_every", "compile", "checkpoint_activations")
+        names = ("start_iters", "val_every", "save_pred_every", "compile", "checkpoint_activations")
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -10,7 +10,7 @@ import torch
 from dataset import DatasetSpec
 from networks.config import FLAT_SETTINGS, NetworkConfig
 from training.recipes import Recipe, describe_changes, recipe_from_dict, recipe_to_dict
-from training.snapshots import find_checkpoint, newest_or_best
+from training.snapshots import checkpoints, find_checkpoint, newest_or_best
 from training.step import TrainStep, complete_momentum
 from utils.arguments import UsageError, flag_of
 from utils.checkpoint import (
@@ -78,7 +78,12 @@ def find_resumed(resume: str | None, directory: Path) -> Resumed | None:
     path = find_checkpoint(Path(resume)) if resume else newest_or_best(directory)
     if path is None:
         return None
-    checkpoint = load_checkpoint(path)
+    try:
+        checkpoint = load_checkpoint(path)
+    except CheckpointError as error:
+        others = [] if resume else [other for other in checkpoints(directory) if other != path]
+        hint = f"; if you move it away, --resume goes on from {others[-1].name}" if others else ""
+        raise CheckpointError(f"{error}{hint}") from None
     missing = NEEDED - checkpoint.keys()
     if missing:
         raise CheckpointError(f"{path}: cannot be resumed, it lacks {', '.join(sorted(missing))}")
@@ -194,7 +199,7 @@ def check_same_start(
     """All processes, perhaps started on several machines, must have the same files and settings.
 
     Args:
-        data: fingerprint of the training images.
+        data: fingerprints of the images.
         step: the steps that are done.
         recipe: the run's.
         options: other values that must be equal, by their flags' names.

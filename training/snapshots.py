@@ -75,6 +75,8 @@ class Snapshots:
             validation = load_checkpoint(self.best_path).get("validation", {})
         except CheckpointError as error:
             raise CheckpointError(f"{error}; once it is moved away, the run goes on without it") from None
+        if not isinstance(validation.get("mIoU"), float):
+            raise CheckpointError(f"{self.best_path}: holds no score of a validation; move it away")
         then, now = (validation.get("images"), validation.get("fit", fit)), (images, fit)
         if then != now:
             before, after = (

@@ -8,6 +8,7 @@ from torch import Tensor
 IMAGES = [  # B, Cr, C, H, W
     (2, 3, 5, 7, 9),
     (1, 8, 16, 13, 26),  # more columns and rows than are worked on at a time
+    (1, 41, 3, 19, 4),  # more reduced channels than channels
     (1, 2, 3, 1, 6),
     (1, 2, 3, 5, 1),
     (3, 1, 1, 1, 1),

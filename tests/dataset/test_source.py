@@ -148,6 +148,9 @@ def test_fingerprint_knows_the_data_wherever_it_lies(demo_data, tmp_path):
     assert val == fingerprint(list_samples(spec, moved, "val"), moved)
     assert val.startswith("3 images, ")
     assert val != fingerprint(list_samples(spec, demo_data, "train")[:3], demo_data)
+    assert val != fingerprint(
+        list_samples(spec, demo_data, "val")[::-1], demo_data
+    )  # another order of the run
 
 
 def test_camvid(camvid):

@@ -69,6 +69,10 @@ def test_tiles_need_not_be_square():
     model, image = Local(), torch.randn(1, 3, 30, 90, dtype=torch.float64)
     with torch.no_grad():
         assert sliding(model, (17, 41))(image).shape == (1, 4, 30, 90)
+        small = image[..., :10, :30]
+        padded = F.pad(small, (0, 11, 0, 7))  # to a tile's size
+        expected = whole(model)(padded)[..., :10, :30]
+        torch.testing.assert_close(sliding(model, (17, 41))(small), expected)
     assert {shape[2:] for shape in model.batches} == {(17, 41)}
 
 

@@ -58,8 +58,11 @@ def put(name, key, value, position=0):
         (put("categories", "id", 0), "category id 0 (disc)"),
         (put("annotations", "bbox", [1, 2, 3]), "annotation 1: bbox must be four numbers"),
         (put("annotations", "bbox", [1, 2, 3, math.nan]), "annotation 1: bbox must be four numbers"),
+        (put("annotations", "bbox", [1, 2, 3, 10**400]), "annotation 1: bbox must be four numbers"),
+        (put("annotations", "iscrowd", "0"), "annotation 1: iscrowd is 0 or 1; got '0'"),
         (put("annotations", "segmentation", [[1, 2, 3, 4]]), "polygons need three or more points"),
         (put("annotations", "segmentation", []), "polygons need three or more points"),
+        (put("annotations", "segmentation", [[1, 2, 3, 4, 5, 6, 7]]), "polygons need three or more points"),
         (put("annotations", "segmentation", {"counts": [3]}), "run lengths need 'counts' and 'size'"),
         (put("annotations", "segmentation", {"counts": "abc", "size": [30, 20]}), "its image has [48, 64]"),
         (
@@ -123,7 +126,8 @@ def test_boxes_without_area_and_crowds_are_left_out_with_a_count(own_root):
 
     def edit(contents):
         first = contents["annotations"][0]
-        for bbox, crowd in (([3, 3, 0, 9], 0), ([70, 3, 5, 5], 0), ([3, 3, 9, -1], 0), ([1, 1, 9, 9], 1)):
+        boxes = [[3, 3, 0, 9], [70, 3, 5, 5], [3, 3, 9, -1], [3.3, 3, 1e-6, 9], [1, 1, 9, 9]]
+        for bbox, crowd in zip(boxes, (0, 0, 0, 0, 1), strict=True):
             number = len(contents["annotations"]) + 1
             contents["annotations"].append(first | {"id": number, "bbox": bbox, "iscrowd": crowd})
 
@@ -132,7 +136,7 @@ def test_boxes_without_area_and_crowds_are_left_out_with_a_count(own_root):
     data = read_split(root, "train2017")
     first = len(before.contents["annotations"]) + 1
     assert data.annotations == before.annotations
-    assert data.notes[0] == f"3 annotations whose box has no area are left out, the first is {first}"
+    assert data.notes[0] == f"4 annotations whose box has no area are left out, the first is {first}"
     assert data.notes[1].startswith("1 crowd regions are left out of training")
 
 

@@ -162,6 +162,12 @@ def test_only_checkpoints_of_the_training_are_evaluated(plain, tmp_path):
     torch.save({"config": PLAIN.to_dict(), "model": plain.state_dict()}, tmp_path / "ours.pth")
     with pytest.raises(UsageError, match="min_size must be at least 32; got 5"):
         load_model(tmp_path / "ours.pth", min_size=5)
+    broken = plain.state_dict() | {"backbone.body.conv1.weight": torch.full((64, 3, 7, 7), torch.nan)}
+    torch.save({"config": PLAIN.to_dict(), "model": broken}, tmp_path / "broken.pth")
+    with pytest.raises(
+        CheckpointError, match=r"broken.pth: 1 of its weights are not finite, such as backbone"
+    ):
+        load_model(tmp_path / "broken.pth")
     model, _ = load_model(tmp_path / "ours.pth", min_size=48)
     assert not model.training
     assert model.transform.min_size == (48,)

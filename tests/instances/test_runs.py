@@ -193,6 +193,11 @@ def test_perfect_and_no_detections(shapes_root):
     ]
     assert evaluate.score(data.contents, truth, "bbox")["AP"] == pytest.approx(1)
     assert evaluate.score(data.contents, [], "segm")["AP"] == 0
+    # Annotations of one's own: numbered from 0, which pycocotools takes for no match, and without crowds.
+    for number, entry in enumerate(data.contents["annotations"]):
+        entry["id"] = number
+        del entry["iscrowd"]
+    assert evaluate.score(data.contents, truth, "bbox")["AP"] == pytest.approx(1)
 
 
 def run_evaluate(root, trained, folder, *options):

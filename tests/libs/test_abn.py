@@ -134,13 +134,17 @@ def test_a_frozen_layer_stays_frozen_as_batch_norm():
     layer.freeze()
     norm = to_batch_norm(layer)
     assert not norm.training and not any(x.requires_grad for x in norm.parameters())
+    norm.train()(torch.randn(3, 4, 5, 5) + 1)
+    assert not norm.running_mean.any()
 
 
 @pytest.mark.parametrize("kind", [ABN, nn.BatchNorm2d, nn.SyncBatchNorm])
 def test_frozen_layers_stay_frozen(kind):
     """PyTorch's too, which a backbone of one's own may have; copies as well."""
     network = nn.Sequential(nn.Conv2d(3, 4, 1), kind(4))
-    freeze(network)
+    for _ in range(2):
+        freeze(network)
+    assert len(network[1]._forward_pre_hooks) <= 1
     network = copy.deepcopy(network.train())
     state = copy.deepcopy(network[1].state_dict())
     network(torch.randn(2, 3, 5, 6)).sum().backward()

@@ -1,5 +1,6 @@
 """In-Place ABN: its gradients, what it overwrites, and what it refuses."""
 
+import gc
 import math
 import os
 import subprocess
@@ -13,8 +14,9 @@ from torch import nn
 
 import libs
 from libs import ABN, InPlaceABN, ops
+from libs.modules import _ON_STREAM
 from libs.native import KERNELS
-from libs.precision import Affine, imprecise_channels
+from libs.precision import Affine, count_optimizer_steps, imprecise_channels
 
 ACTIVATIONS = ("leaky_relu", "elu", "identity")
 SHAPES = [(3, 5, 7, 9), (2, 5, 1, 1), (1, 5, 3, 4), (4, 5, 11), (6, 5), (2, 5, 2, 3, 4), (2, 37, 19, 23)]
@@ -407,3 +409,59 @@ def test_imprecise_channels_follow_the_optimizer(kind, fused, monkeypatch):
         biases[1].zero_()
     assert known() == [[0], None]
     assert searches == [1, 1, 2, 1]
+    with torch.no_grad():
+        layers[1].weight.mul_(0)
+        layers[1].bias.fill_(1)
+    assert known() == [[0], [0, 1, 2]]
+    layers[0].bias = nn.Parameter(torch.full((3,), 9.0))
+    assert known() == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_layers_that_are_gone_or_elsewhere_are_not_looked_at():
+    layer, elsewhere, gone = InPlaceABN(3), InPlaceABN(3).to("meta"), InPlaceABN(3)
+    stream = object()
+    for each in (elsewhere, gone):
+        _ON_STREAM[stream].add(each)
+    del each, gone
+    gc.collect()
+    assert layer._known_channels(layer._affine(), stream) is None
+    assert set(_ON_STREAM[stream]) == {layer, elsewhere}
+    del _ON_STREAM[stream]
+
+
+def test_only_what_an_optimizer_changes_counts_as_changed():
+    """Two networks of one optimiser, the second's gradients taken after a step for the first."""
+    count_optimizer_steps()
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], 0.1)
+    losses = [layer(torch.ones(1, 2).requires_grad_()).sum() for layer in (first, second)]
+    for loss in losses:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_one_parameter_is_trained_with_fixed_statistics(trained, dtype):
+    """The bias is large beside the weight, where half types have to save x."""
+    for layer in (pair := [ABN(4), InPlaceABN(4)]):
+        layer.eval().requires_grad_(False)
+        layer.weight.fill_(1e-2)
+        layer.bias.fill_(1.0)
+        getattr(layer, trained).requires_grad_()
+    x, grad = (torch.randn(3, 4, 5, 5).to(dtype) for _ in range(2))
+    expected, found = (
+        torch.autograd.grad(
+            layer.to(torch.float64 if dtype == torch.float64 else torch.float32)(x * 1),
+            getattr(layer, trained),
+            grad,
+        )[0]
+        for layer in pair
+    )
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_layers_of_different_eps():
+    layers = [Affine(torch.zeros(1), torch.ones(1), eps, "identity") for eps in (1e-5, 1.0)]
+    assert [None if x is None else x.tolist() for x in imprecise_channels(layers)] == [[0], None]

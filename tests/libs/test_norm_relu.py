@@ -69,6 +69,24 @@ def test_first_derivatives(training, with_shortcut):
     )
 
 
+@pytest.mark.parametrize("with_shortcut", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_and_zero_has_no_gradient(dtype, with_shortcut):
+    """As ReLU has it."""
+    layer = layer_of(3, dtype).eval()
+    with torch.no_grad():
+        layer.bias.zero_()
+    x = torch.ones(2, 3, 4, 5, dtype=dtype)
+    x[0, 1, 2, 3] = torch.nan
+    x[1] = 0
+    x.requires_grad_()
+    _, out = norm_relu(layer, x * 1, torch.zeros_like(x) if with_shortcut else None)
+    assert out[0, 1, 2, 3].isnan()
+    assert out.isnan().sum() == 1
+    (gradient,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert not gradient[1].any()
+
+
 def test_a_shortcut_in_another_memory_format():
     x, grad, shortcut = (drawn((2, 5, 7, 9), torch.float32, last, 5) for last in (True, True, False))
     pair = [

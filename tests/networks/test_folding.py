@@ -62,6 +62,32 @@ class SharedNorm(nn.Module):
         return self.norm(self.second(self.norm(self.first(x))))
 
 
+class ByPath(nn.Module):
+    """A pair within a child, named by its path, and perhaps by the child as well."""
+
+    norm_pairs = (("inner.0", "inner.1"),)
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class ByPathAndByTheChild(ByPath):
+    """The convolution of the child's own pair is used a second time, before another normalisation."""
+
+    norm_pairs = (("inner.0", "norm"),)
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.norm = norm(4)
+
+    def forward(self, x):
+        return self.norm(self.inner[0](self.inner(x)))
+
+
 class Backwards(nn.Sequential):
     def forward(self, x):
         return self[0](self[1](x))
@@ -84,6 +110,8 @@ def shared_convolution():
         (shared_convolution, 1),
         (SharedConvolution, 2),
         (SharedNorm, 1),
+        (lambda: ByPath(nn.Sequential(nn.Conv2d(4, 4, 1), norm(4))), 0),
+        (lambda: ByPathAndByTheChild(nn.Sequential(nn.Conv2d(4, 4, 1), norm(4))), 2),
     ],
 )
 def test_folding_changes_no_output(make, norms_left):

@@ -273,6 +273,10 @@ def test_what_does_not_fit_because_it_is_of_another_network(tmp_path):
     message = "does not fit this network; .*; its model is pspnet, the network's ccnet: --model pspnet$"
     with pytest.raises(CheckpointError, match=message):
         start_from(tiny(), state, tmp_path / "x.pth")
+    # What a file does not say is no cause.
+    with pytest.raises(CheckpointError) as caught:
+        start_from(tiny(), {"encoder.weight": torch.ones(2)}, tmp_path / "x.pth")
+    assert "; its " not in str(caught.value)
 
 
 @pytest.mark.parametrize("stem", STEMS)

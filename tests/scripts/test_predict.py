@@ -1,6 +1,8 @@
 """Predictions of pictures, folders and videos from the command line."""
 
+import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import cv2
@@ -251,6 +253,24 @@ def test_the_frames_of_a_damaged_video_are_kept(predict, tmp_path):
     frames = len(list(VideoReader(tmp_path / "out" / "overlay" / "v.mp4")))
     assert 10 < frames < 30
     assert f"{frames} images" in result.out
+
+
+def test_the_frames_of_an_interrupted_video_are_kept(predict, tmp_path, monkeypatch):
+    write_video(tmp_path / "v.avi", [random_picture(34, 42, seed=seed) for seed in range(40)])
+    predict_batch, calls = Predictor.predict_batch, []
+
+    def interrupted(self, images):
+        calls.append(len(images))
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return predict_batch(self, images)
+
+    monkeypatch.setattr(Predictor, "predict_batch", interrupted)
+    result = predict(tmp_path / "v.avi")
+    assert result.status == 130
+    assert f"v.mp4: holds the {sum(calls[:3])} frames that were done" in result.error
+    assert len(list(VideoReader(tmp_path / "out" / "overlay" / "v.mp4"))) == sum(calls[:3])
+    assert [path.name for path in (tmp_path / "out" / "overlay").iterdir()] == ["v.mp4"]
 
 
 @pytest.mark.parametrize(("suffix", "status"), [(".avi", 1), (".mkv", 0)])

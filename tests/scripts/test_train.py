@@ -198,6 +198,26 @@ def test_a_checkpoint_of_the_old_format(call, demo_data, trained, tmp_path):
     assert not same_tensors(weights[0], load_checkpoint(trained)["model"])
 
 
+def test_the_checkpoint_before_a_damaged_one_is_named(call, demo_data, trained, tmp_path):
+    shutil.copy(trained, tmp_path / "CS_scenes_2.pth")
+    (tmp_path / "CS_scenes_4.pth").write_bytes(trained.read_bytes()[:9000])
+    options = (
+        "--data-dir",
+        demo_data,
+        *THIN,
+        "--batch-size",
+        2,
+        "--snapshot-dir",
+        tmp_path,
+        "--num-steps",
+        4,
+    )
+    result = call("train.py", *options, "--resume")
+    assert result.status == 1
+    assert "CS_scenes_4.pth: not a readable checkpoint" in result.error
+    assert "; if you move it away, --resume goes on from CS_scenes_2.pth\n" in result.error
+
+
 @pytest.mark.parametrize(
     "change",
     [

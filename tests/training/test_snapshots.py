@@ -62,6 +62,11 @@ def test_old_ones_go_and_the_best_stays(tmp_path, keep, left):
         snapshots.best_miou("b", 180)
     with pytest.raises(CheckpointError, match=r"\(scaled to 180\), now it would be on a \(not scaled\)"):
         snapshots.best_miou("a")
+    other = Snapshots(tmp_path, "copy")
+    other.save_best(contents(5))
+    with pytest.raises(CheckpointError, match=r"copy_best.pth: holds no score of a validation"):
+        other.best_miou("a")
+    other.best_path.unlink()
     assert load_checkpoint(snapshots.best_path)["step"] == 5
     assert newest_or_best(tmp_path).name == "run_9.pth"
 

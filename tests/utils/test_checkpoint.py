@@ -315,6 +315,13 @@ def test_a_file_that_does_not_fit_is_refused_whole(tmp_path):
     assert all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
 
 
+def test_weights_whose_sum_overflows_are_finite(tmp_path):
+    model = network()
+    state = {name: torch.full_like(x, 3e38) for name, x in model.state_dict().items()}
+    load_weights(model, state, tmp_path)
+    assert model[0].weight.eq(3e38).all()
+
+
 def test_a_backbone_file_may_lack_the_head_and_nothing_else(tmp_path):
     model = network()
     state = {"0.weight": torch.ones(4, 3, 1, 1), "0.bias": torch.ones(4), "fc.weight": torch.ones(2)}
