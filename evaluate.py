@@ -32,6 +32,7 @@ from dataset import (
     check_supervision,
     evaluation_clips,
     find_dataset,
+    fingerprint,
     generic_table,
     list_samples,
     load_samples,
@@ -59,7 +60,7 @@ from training.recipes import find_recipe
 from training.snapshots import find_checkpoint
 from utils.arguments import OutputError, UsageError, parse_options, run_script
 from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.distributed import Process, process_group
+from utils.distributed import PeerError, Process, process_group
 from utils.files import write_atomically
 
 
@@ -70,6 +71,7 @@ def main() -> None:
     with process_group(options.gpu) as process:
         with process.all_or_none():
             evaluation = build(options, process)
+        check_same_files(evaluation, options, process)
         began = time.perf_counter()
         submission, reports = evaluation.submission, evaluation.reports
         with ExitStack() as stack:
@@ -175,6 +177,25 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
         submission=submission,
         reports=reports,
         other=other,
+    )
+
+
+def check_same_files(evaluation: Evaluation, options: EvaluationOptions, process: Process) -> None:
+    """All processes, perhaps on several machines, must see the same images and checkpoint.
+
+    Raises:
+        DataError: in the main process, if they do not; PeerError in the others.
+    """
+    images = fingerprint(evaluation.pairs, options.data_dir)
+    seen = process.all_gather_object(f"{images}, a checkpoint of step {evaluation.settings['step']}")
+    number = next((rank for rank, other in enumerate(seen) if other != seen[0]), None)
+    if number is None:
+        return
+    if not process.is_main:
+        raise PeerError
+    raise DataError(
+        f"the processes see different files: {seen[0]}, but process {number} has {seen[number]}; "
+        "all machines must see the same --data-dir and --restore-from"
     )
 
 

@@ -3,6 +3,7 @@ all end, and a resumed run ends with the same bits."""
 
 import fcntl
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dataset import find_dataset, list_samples
 from tests.samples import write_pair
 from tests.scripts.conftest import SMALL, THIN, log_of, same_tensors
 from tests.scripts.processes import ROOT, Processes
@@ -270,6 +272,27 @@ def test_a_process_without_its_device_ends_the_others(demo_data, tmp_path):
     assert run.wait() == [1, 2]
     assert run.error(0) == ""
     assert "--gpu none: expected auto, cpu, or numbers of GPUs" in run.error(1)
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_processes_that_would_score_different_images(demo_data, trained, tmp_path, script):
+    """As two machines whose data differ: each would count its share of another list."""
+    pairs = list_samples(find_dataset(demo_data), demo_data, "val")
+    lines = [" ".join(str(path.relative_to(demo_data)) for path in pair) + "\n" for pair in pairs]
+    lists = [tmp_path / f"{rank}.lst" for rank in range(2)]
+    for rank, path in enumerate(lists):
+        path.write_text("".join(lines[rank:]))
+    options = ("--data-dir", demo_data, "--gpu", "cpu", "--num-workers", 0)
+    if script == "train.py":
+        options += (*THIN[:-4], "--snapshot-dir", tmp_path / "run", "--batch-size", 2, "--num-steps", 2)
+        options += ("--val-every", 1, "--val-list", "$LIST")
+    else:
+        options += ("--restore-from", trained, "--output-dir", tmp_path, "--data-list", "$LIST")
+    environments = [{"LIST": path} for path in lists]
+    run = Processes(tmp_path, script, *options, count=2, environments=environments)
+    assert run.wait() == [1, 1]
+    assert re.search(r"different files: .*3 images, .*, but process 1 has .*2 images, ", run.error(0))
+    assert run.error(1) == ""
 
 
 def test_a_loss_that_is_not_finite_in_two_processes(demo_data, tmp_path):
