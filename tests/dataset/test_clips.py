@@ -102,6 +102,11 @@ def test_runs_end_where_the_spacing_is_another_also_without_a_hole():
     assert numbers(scored)[3:6] == [(60, 90), (121,), (150, 180)]
 
 
+def test_of_two_spacings_as_frequent_the_smaller_is_the_stride():
+    pairs = pairs_of(*(("A", n) for n in (0, 2, 3, 5, 6)))
+    assert numbers(training_clips(CAMVID, pairs, 2)[0]) == [(2, 3), (5, 6)]
+
+
 def test_one_frame_equals_the_image_path(demo_data):
     """Same order, same keys, same augmentation, same pixels, with an axis of length 1."""
     spec = find_dataset(demo_data)

@@ -9,6 +9,7 @@ import signal
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from instances.coco import (
@@ -143,6 +144,26 @@ def test_boxes_without_area_and_crowds_are_left_out_with_a_count(own_root):
 def test_boxes_are_clipped_to_the_image():
     image = {"width": 10, "height": 20}
     assert clip_box([-3, 4, 8, 40], image) == (0, 4, 5, 20)
+
+
+def test_images_are_read_as_they_are_stored(own_root):
+    """Annotations are of the stored pixels, whatever way up a camera says they are to be shown."""
+    root, change = own_root
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (64, 48)).save(root / "train2017/turned.jpg", exif=exif)
+    change(put("images", "file_name", "turned.jpg"))
+    assert read_image(read_split(root, "train2017"), 0).shape == (48, 64, 3)
+
+
+def test_the_largest_category(own_root):
+    root, change = own_root
+
+    def edit(contents):
+        contents["categories"].append({"id": 9999, "name": "last"})
+
+    change(edit)
+    assert read_split(root, "train2017").num_classes == 10000
 
 
 def test_evaluation_reads_images_as_rgb_in_0_to_1(shapes_root):

@@ -275,6 +275,19 @@ def test_half_types_compute_in_half_and_train_in_float(amp):
     assert first[-1] < first[0]
 
 
+def test_the_gradient_norm_is_not_of_the_scaled_loss():
+    norms = []
+    for amp in ("off", "fp16"):
+        torch.manual_seed(0)
+        network = Network(ABN)
+        optimizer = build_optimizer(network, 0.1, 0.9, 0.0)
+        step = TrainStep(network, build_criterion(), optimizer, Process((CPU,)), amp)
+        step.wrap_model()
+        step(batch()._replace(images=batch().images.float()))
+        norms.append(float(step.gradient_norm()))
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
 def test_an_overflow_in_the_first_step_is_skipped_without_trace():
     """Where PyTorch's fused SGD would leave its momentum uninitialised."""
     network = Network(ABN)
