@@ -81,20 +81,7 @@ class Predictor:
     ) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if not _are_positive(scales, numbers.Real):
-            raise ValueError(f"scales must be positive numbers, (1.0,) for one; got {scales}")
-        if tile_size is not None and not _is_size(tile_size):
-            raise ValueError(f"tile_size must be a height and a width of at least 1; got {tile_size}")
-        if amp not in AMP:
-            raise ValueError(f"amp must be one of {', '.join(AMP)}; got {amp!r}")
-        if not _are_positive((batch_size,), numbers.Integral):
-            raise ValueError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
-        is_fit = _is_size(fit) or (_are_positive((fit,), numbers.Integral) and not isinstance(fit, bool))
-        if fit is not None and not is_fit and not (isinstance(fit, str) and fit == "auto"):
-            raise ValueError(f"fit must be (height, width), a short side, None or 'auto'; got {fit!r}")
-        for name, value, allowed in (("flip", flip, (True, False)), ("whole", whole, (True, False, None))):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+        _check_options(scales, tile_size, amp, batch_size, fit, flip, whole)
         if labels is not None and not isinstance(labels, LabelTable):
             raise ValueError(f"labels must be a LabelTable; got {type(labels).__name__}")
         self.device = torch.device(device)
@@ -250,6 +237,26 @@ class Predictor:
         if not out.sum().isfinite():
             raise PredictionError("the network's output is not finite; its weights are damaged")
         return out
+
+
+def _check_options(
+    scales: Any, tile_size: Any, amp: Any, batch_size: Any, fit: Any, flip: Any, whole: Any
+) -> None:
+    """Raise ValueError where one is of another kind or out of range."""
+    if not _are_positive(scales, numbers.Real):
+        raise ValueError(f"scales must be positive numbers, (1.0,) for one; got {scales}")
+    if tile_size is not None and not _is_size(tile_size):
+        raise ValueError(f"tile_size must be a height and a width of at least 1; got {tile_size}")
+    if amp not in AMP:
+        raise ValueError(f"amp must be one of {', '.join(AMP)}; got {amp!r}")
+    if not _are_positive((batch_size,), numbers.Integral):
+        raise ValueError(f"batch_size must be a whole number of at least 1; got {batch_size!r}")
+    is_fit = _is_size(fit) or (_are_positive((fit,), numbers.Integral) and not isinstance(fit, bool))
+    if fit is not None and not is_fit and not (isinstance(fit, str) and fit == "auto"):
+        raise ValueError(f"fit must be (height, width), a short side, None or 'auto'; got {fit!r}")
+    for name, value, allowed in (("flip", flip, (True, False)), ("whole", whole, (True, False, None))):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
 
 
 def available_memory(device: torch.device) -> int:
