@@ -60,7 +60,7 @@ from training.recipes import find_recipe
 from training.snapshots import find_checkpoint
 from utils.arguments import OutputError, UsageError, parse_options, run_script
 from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.distributed import PeerError, Process, process_group
+from utils.distributed import Process, process_group
 from utils.files import write_atomically
 
 
@@ -187,16 +187,13 @@ def check_same_files(evaluation: Evaluation, options: EvaluationOptions, process
         DataError: in the main process, if they do not; PeerError in the others.
     """
     images = fingerprint(evaluation.pairs, options.data_dir)
-    seen = process.all_gather_object(f"{images}, a checkpoint of step {evaluation.settings['step']}")
-    number = next((rank for rank, other in enumerate(seen) if other != seen[0]), None)
-    if number is None:
-        return
-    if not process.is_main:
-        raise PeerError
-    raise DataError(
-        f"the processes see different files: {seen[0]}, but process {number} has {seen[number]}; "
-        "all machines must see the same --data-dir and --restore-from"
-    )
+    difference = process.find_difference(f"{images}, a checkpoint of step {evaluation.settings['step']}")
+    if difference is not None:
+        rank, here, there = difference
+        raise DataError(
+            f"the processes see different files: {here}, but process {rank} has {there}; "
+            "all machines must see the same --data-dir and --restore-from"
+        )
 
 
 def find_samples(

@@ -21,7 +21,7 @@ from utils.checkpoint import (
     random_state,
     set_random_state,
 )
-from utils.distributed import PeerError, Process
+from utils.distributed import Process
 from utils.fields import UnknownChoiceError
 
 NEEDED = {"model", "optimizer", "step", "random_states"}
@@ -208,20 +208,17 @@ def check_same_start(
         CheckpointError: in the main process, where files differ; PeerError in the others.
         UsageError: likewise, where settings differ.
     """
-    starts = process.all_gather_object((f"{data} at step {step}", recipe, dict(options)))
-    number = next((rank for rank, start in enumerate(starts) if start != starts[0]), None)
-    if number is None:
+    difference = process.find_difference((f"{data} at step {step}", recipe, dict(options)))
+    if difference is None:
         return
-    if not process.is_main:
-        raise PeerError
-    (files, recipe, options), (other_files, other_recipe, other_options) = starts[0], starts[number]
+    rank, (files, recipe, options), (other_files, other_recipe, other_options) = difference
     if files != other_files:
         raise CheckpointError(
-            f"the processes would start from different files: {files}, but process {number} has "
+            f"the processes would start from different files: {files}, but process {rank} has "
             f"{other_files}; all machines must see the same --data-dir and --snapshot-dir"
         )
     differ = describe_changes(recipe, other_recipe)
     differ += [
         f"{name} {x} → {other_options[name]}" for name, x in options.items() if x != other_options[name]
     ]
-    raise UsageError(f"process {number} was started with other settings: {', '.join(differ)}")
+    raise UsageError(f"process {rank} was started with other settings: {', '.join(differ)}")

@@ -55,6 +55,23 @@ class Process:
         dist.all_gather_object(values, value)
         return values
 
+    def find_difference(self, value: Any) -> tuple[int, Any, Any] | None:
+        """Compare the values of all processes; the main one is told, and reports it.
+
+        Returns:
+            None if all are equal; or the first rank that differs, the main process's value, and that rank's.
+
+        Raises:
+            PeerError: in the other processes, if there is a difference.
+        """
+        values = self.all_gather_object(value)
+        rank = next((rank for rank, other in enumerate(values) if other != values[0]), None)
+        if rank is None:
+            return None
+        if not self.is_main:
+            raise PeerError
+        return rank, values[0], values[rank]
+
     def all_gather(self, vector: Tensor) -> Tensor:
         """The vectors (N,) of all processes, stacked (P,N) by rank."""
         vectors = [torch.empty_like(vector) for _ in range(self.world_size)]
