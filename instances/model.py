@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from cc_attention import CrissCrossAttention
 from instances.errors import UsageError, require
-from utils.checkpoint import CheckpointError, load_checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint, not_finite
 
 BACKBONES = {"resnet18": 256, "resnet50": 1024, "resnet101": 1024}  # channels of the third stage
 ATTENTIONS = ("criss_cross", "nonlocal", "none")
@@ -230,11 +230,6 @@ def load_model(path: Path, score_threshold: float = 0.05, **changes: Any) -> tup
     model = build_model(config, score_threshold)
     _load(model, contents["model"], path, ())
     return model.eval(), contents
-
-
-def not_finite(state: dict[str, Tensor]) -> list[str]:
-    """The entries of a state dict that hold NaN or infinity."""
-    return [name for name, x in state.items() if x.is_floating_point() and not bool(x.isfinite().all())]
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], path: Path, may_lack: tuple[str, ...]) -> None:

@@ -18,10 +18,10 @@ from tqdm import tqdm
 import cc_attention
 from instances.coco import CocoSplit, StepBatches, TrainDataset, read_by_workers, read_split
 from instances.errors import InstancesError, UsageError, require
-from instances.model import build_model, norm_eps_of, not_finite, start_from
+from instances.model import build_model, norm_eps_of, start_from
 from instances.options import PRECISIONS, config_of, parse_args
 from utils.arguments import run_script
-from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint, not_finite, save_checkpoint
 from utils.distributed import Process, process_group
 
 # Settings that change a run's numbers: resuming with another value would not be the same run.

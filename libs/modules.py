@@ -209,8 +209,8 @@ class InPlaceABN(ABN):
     def _known_channels(self, affine: Affine, stream: object) -> Tensor | None:
         """The imprecise channels, found once for each state of the parameters, since that waits for the GPU.
 
-        The first layer whose parameters have changed finds them for all that work on its stream, so a step of
-        training waits once. Changes through ``.data`` are not seen.
+        The first layer whose parameters have changed finds them for all that work on its stream, so that not
+        each of them waits in a step of training. Changes through ``.data`` are not seen.
         """
         count_optimizer_steps()
         if self._imprecise[0] == affine.state():

@@ -1,7 +1,7 @@
 """Weights from files: a whole network for evaluation, or the start of a training run."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,9 @@ def _name_likely_cause(contents: dict[str, Any], model: Segmenter) -> Iterator[N
     try:
         yield
     except CheckpointError as error:
-        told, own = told_by(contents, model_state(contents, Path())), model.config
+        told, own = {}, model.config
+        with suppress(ValueError):  # of settings that are none
+            told = told_by(contents, model_state(contents, Path()))
         causes = [
             f"; its {name} is {told[name]}, the network's {getattr(own, name)}: --{name} {told[name]}"
             for name in ("backbone", "model")

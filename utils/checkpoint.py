@@ -240,8 +240,7 @@ def load_weights(
     if any(faults.values()):
         parts = [f"{len(names)} {fault}: {_shorten(names)}" for fault, names in faults.items() if names]
         raise CheckpointError(f"{source}: does not fit this network; " + "; ".join(parts))
-    broken = [n for n in own if n in state and not _is_finite(state[n])]
-    if broken:
+    if broken := not_finite({n: state[n] for n in own if n in state}):
         raise CheckpointError(f"{source}: {len(broken)} of its weights are not finite: {_shorten(broken)}")
     lost = model.load_state_dict(state, strict=False).unexpected_keys
     if lost:  # two modules claim one name
@@ -252,9 +251,9 @@ def _is_plain(value: Tensor, own: Tensor) -> bool:
     return value.layout == torch.strided and value.is_floating_point() == own.is_floating_point()
 
 
-def _is_finite(x: Tensor) -> bool:
-    """Whether all numbers are; a finite sum, which is much faster to have, says so."""
-    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+def not_finite(state: dict[str, Tensor]) -> list[str]:
+    """The entries that hold NaN or infinity; one with a finite sum, which is faster to have, does not."""
+    return [name for name, x in state.items() if not (bool(x.sum().isfinite()) or bool(x.isfinite().all()))]
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -203,63 +203,6 @@ def same(model, other, names):
     return all(torch.equal(other.state_dict()[name], model.state_dict()[name]) for name in names)
 
 
-def test_load_model_understands_every_kind_of_our_checkpoints(tmp_path):
-    """Flat settings of earlier checkpoints, a NetworkConfig alone or within a recipe, a plain state dict."""
-    model, path = tiny(recurrence=1, norm="abn"), tmp_path / "x.pth"
-    config = NetworkConfig(backbone="resnet18", num_classes=3, recurrence=1)
-    flat = {
-        "model": "ccnet",
-        "num_classes": 3,
-        "backbone": "resnet18",
-        "recurrence": 1,
-        "norm": "sync",
-        "lr": 2,
-    }
-    for beside in (
-        {"settings": flat},
-        {"network": config.to_dict()},
-        {"recipe": {"network": config.to_dict(), "power": 0.9}},
-    ):
-        torch.save({"model": model.state_dict(), "step": 3, **beside}, path)
-        loaded, found = load_model(path)
-        assert found == config
-        assert not loaded.training
-        assert same(model, loaded, model.state_dict())
-    assert load_model(path, recurrence=3)[0].head.recurrence == 3
-    plain = tiny(stem="plain")
-    torch.save({"model": plain.state_dict(), "settings": {"num_classes": 3, "recurrence": 1}}, path)
-    assert load_model(path)[1] == NetworkConfig(
-        backbone="resnet18", num_classes=3, recurrence=1, stem="plain"
-    )
-    torch.save(model.state_dict(), path)
-    assert load_model(path)[1] == NetworkConfig(backbone="resnet18", num_classes=3)  # R as published
-    for stem in STEMS:
-        torch.save(tiny(stem=stem, num_classes=5).state_dict(), path)
-        assert load_model(path)[1] == NetworkConfig(backbone="resnet18", num_classes=5, stem=stem)
-
-
-@pytest.mark.parametrize(
-    ("network", "reason"),
-    [
-        ({"recurrence": 2.5}, "recurrence must be a whole number; got 2.5"),
-        ({"depth": 4}, "NetworkConfig has no field depth"),
-        ({"model": "fcn", "recurrence": 1}, "recurrence=1 is an option of ccnet; model fcn has none"),
-        (7, "network is int, not a dict of settings"),
-    ],
-)
-def test_settings_that_make_no_network(tmp_path, network, reason):
-    torch.save({"model": {"x": torch.zeros(1)}, "network": network}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=f"x.pth: its settings make no network .{reason}"):
-        load_model(tmp_path / "x.pth")
-
-
-@pytest.mark.parametrize("recurrence", [1, 2])
-def test_rounds_of_a_network_that_has_none(tmp_path, recurrence):
-    torch.save(tiny(model="fcn").state_dict(), tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"x.pth: .*\(recurrence is given, model fcn has none\)"):
-        load_model(tmp_path / "x.pth", recurrence=recurrence)
-
-
 def test_a_backbone_alone_predicts_nothing(tmp_path):
     names = tiny().backbone_names()
     state = {name: value for name, value in tiny().state_dict().items() if name in names}
@@ -277,6 +220,8 @@ def test_what_does_not_fit_because_it_is_of_another_network(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         start_from(tiny(), {"encoder.weight": torch.ones(2)}, tmp_path / "x.pth")
     assert "; its " not in str(caught.value)
+    with pytest.raises(CheckpointError, match="does not fit this network"):
+        start_from(tiny(), {"model": state, "network": 5}, tmp_path / "x.pth")  # another program's
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -402,12 +347,3 @@ def test_the_variance_of_the_first_convolution_may_be_below_eps():
     size = (ours["conv1.weight"][:, 0] / state["conv1.weight"][:, 2]).mean() * 255 * IMAGENET_STD[2]
     expected = size**2 * (state["bn1.running_var"] + 1e-5)
     torch.testing.assert_close(ours["bn1.running_var"] + 1e-5, expected, rtol=1e-3, atol=0)
-
-
-@pytest.mark.parametrize("model", HEADS)
-def test_the_head_of_a_state_dict_is_told_by_its_names(tmp_path, model):
-    network = build_model(model, backbone="resnet18", num_classes=3)
-    torch.save(network.state_dict(), tmp_path / "plain.pth")
-    loaded, config = load_model(tmp_path / "plain.pth")
-    assert (config.model, config.num_classes) == (model, 3)
-    assert type(loaded.head) is type(network.head)
