@@ -46,7 +46,6 @@ from evaluation.inference import (
     short_sides,
     sliding,
     whole,
-    with_autocast,
 )
 from evaluation.metrics import ConfusionMatrix
 from evaluation.options import EvaluationOptions
@@ -170,7 +169,7 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
         pairs=pairs,
         num_images=len(share),
         loaded=load_samples(share, options.num_workers, pin_memory=process.device.type == "cuda"),
-        predict=predict_as(options, network, tile_size, fit, spec.labels.mirror_pairs, process.device),
+        predict=predict_as(options, network, tile_size, fit, spec.labels.mirror_pairs),
         matrix=ConfusionMatrix(spec.labels.num_classes, spec.ignore_label, process.device),
         save=in_turn(writer, submission, reports),
         metrics_file=metrics_file,
@@ -228,11 +227,12 @@ def predict_as(
     tile_size: tuple[int, int],
     fit: Fit,
     mirror_pairs: Sequence[tuple[int, int]],
-    device: torch.device,
 ) -> Predict:
     """The network's predictions under the protocol of a command line."""
-    predict = whole(network) if options.whole else sliding(network, tile_size, options.batch_size)
-    predict = with_autocast(predict, options.amp, device)
+    if options.whole:
+        predict = whole(network, options.amp)
+    else:
+        predict = sliding(network, tile_size, options.batch_size, options.amp)
     if options.short_sides:
         return short_sides(predict, options.short_sides, options.flip, mirror_pairs)
     return multi_scale(predict, options.scales, options.flip, mirror_pairs, fit)

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from cc_attention import CrissCrossAttention, attention_weights
 from dataset import DataError
-from evaluation.inference import resize, scaled_sizes
-from evaluation.predictor import PredictionError, Predictor
+from evaluation.inference import PredictionError, resize, scaled_sizes
+from evaluation.predictor import Predictor
 from utils.arguments import UsageError
 
 TEMPLATE = Path(__file__).with_name("attention_page.html")

@@ -1,7 +1,6 @@
 """Maps of logits that are computed a band of rows at a time: full-size logits of all classes are never held.
 
-The results are those of ``evaluation.inference`` up to rounding. What is held is the network's output, at an
-eighth of the size, and one band.
+What is held is the network's output, at an eighth of the size, and one band.
 """
 
 from collections.abc import Sequence

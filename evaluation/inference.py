@@ -1,19 +1,21 @@
 """From images of any size to logits at their size: whole, in sliding windows, at several scales, flipped.
 
-Clips (B,3,T,H,W) are predicted like images: the result is that of one of their frames.
+The network runs when a prediction is asked for; its logits, at an eighth of the size, are enlarged when rows
+of them are (``evaluation.bands``), so full-size logits of all classes are never held.
 """
 
 from collections.abc import Callable, Sequence
-from math import ceil
+from contextlib import AbstractContextManager, nullcontext
+from math import ceil, prod
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dataset import LONGEST_SIDE, short_side_size
+from evaluation.bands import Mean, Mirrored, Resized, Rows, Stored, Tiled
 
-# Images (B,3,H,W), or clips (B,3,T,H,W) and the index of one of their frames → logits (B,N,H,W) in fp32.
-Predict = Callable[..., Tensor]
 # What images are scaled to before they are predicted, their proportions kept: (height, width) into which they
 # are fitted, or their short side (the long one is at most LONGEST_SIDE); None: they keep their size.
 Fit = tuple[int, int] | int | None
@@ -21,52 +23,71 @@ Fit = tuple[int, int] | int | None
 NARROW = 16  # pixels; the backbone's strided convolutions see down to an eighth of it
 
 
-def whole(model: nn.Module) -> Predict:
+class PredictionError(RuntimeError):
+    """A network that predicts nothing: one line that gives the reason."""
+
+    exit_status = 1
+
+
+class Predict(Protocol):
+    """A way to predict."""
+
+    def __call__(self, images: Tensor, frame: int | None = None) -> Rows:
+        """Images (B,3,H,W) → logits (B,N,H,W) in fp32; clips (B,3,T,H,W) → those of a frame.
+
+        With no frame given, clips have those of all frames, (B·T,N,H,W).
+
+        Raises:
+            PredictionError: the network's output is not finite.
+        """
+
+
+def whole(model: nn.Module, amp: str = "off") -> Predict:
     """The whole image through the network at once; logits up-sampled bilinearly.
 
     Corners are aligned, unless the network has an attribute ``align_corners`` that says otherwise.
+
+    Args:
+        model: the network in evaluation mode.
+        amp: compute in "bf16" or "fp16"; "off"; "auto": bf16 where the device has instructions for it.
     """
     aligned = getattr(model, "align_corners", True)
 
-    def predict(images: Tensor, frame: int = 0) -> Tensor:
-        return resize(_logits(model, images, frame), images.shape[-2:], aligned)
+    def predict(images: Tensor, frame: int | None = None) -> Rows:
+        size = images.shape[-2], images.shape[-1]
+        return Resized(Stored(_logits(model, images, frame, amp)), size, aligned)
 
     return predict
 
 
-def sliding(model: nn.Module, tile_size: tuple[int, int], tile_batch: int = 4) -> Predict:
+def sliding(model: nn.Module, tile_size: tuple[int, int], tile_batch: int = 4, amp: str = "off") -> Predict:
     """Tiles of one size that overlap, logits averaged where they do (the reference's test protocol).
 
     Args:
-        model: the network in evaluation mode.
+        model: the network in evaluation mode. A batch of tiles at a time moves to its device.
         tile_size: (height, width); a smaller image is padded with 0, the mean colour, right and below.
-        tile_batch: tiles that go through the network together.
+        tile_batch: tiles, or frames of them, that go through the network together.
+        amp: as for ``whole``.
     """
     aligned = getattr(model, "align_corners", True)
+    tile_height, tile_width = tile_size
 
-    def predict(images: Tensor, frame: int = 0) -> Tensor:
-        batch, (height, width) = len(images), images.shape[-2:]
-        below, right = max(tile_size[0] - height, 0), max(tile_size[1] - width, 0)
-        padded = F.pad(images, (0, right, 0, below))
+    def predict(images: Tensor, frame: int | None = None) -> Rows:
+        size = images.shape[-2], images.shape[-1]
+        height, width = (max(sides) for sides in zip(size, tile_size, strict=True))
+        padded = F.pad(images, (0, width - size[1], 0, height - size[0]))
         corners = [
-            (index, top, left)
-            for index in range(batch)
-            for top in tile_starts(height + below, tile_size[0])
-            for left in tile_starts(width + right, tile_size[1])
+            (top, left) for top in tile_starts(height, tile_height) for left in tile_starts(width, tile_width)
         ]
-        total: Tensor | None = None
-        times = images.new_zeros(batch, 1, *padded.shape[-2:])
-        for start in range(0, len(corners), tile_batch):
-            group = corners[start : start + tile_batch]
-            tiles = torch.stack([_window(padded[i], top, left, tile_size) for i, top, left in group])
-            logits = resize(_logits(model, tiles, frame), tile_size, aligned)
-            if total is None:
-                total = logits.new_zeros(batch, logits.shape[1], *padded.shape[-2:])
-            for tile, (i, top, left) in zip(logits, group, strict=True):
-                _window(total[i], top, left, tile_size).add_(tile)
-                _window(times[i], top, left, tile_size).add_(1)
-        assert total is not None
-        return total.div_(times)[:, :, :height, :width]
+        together = max(tile_batch // (len(images) * prod(images.shape[2:-2])), 1)
+        tiles: list[tuple[Rows, int, int]] = []
+        for start in range(0, len(corners), together):
+            group = corners[start : start + together]
+            windows = [padded[..., top : top + tile_height, left : left + tile_width] for top, left in group]
+            logits = _logits(model, torch.cat(windows), frame, amp)
+            for part, (top, left) in zip(logits.chunk(len(group)), group, strict=True):
+                tiles.append((Resized(Stored(part), tile_size, aligned), top, left))
+        return Tiled(tiles, size)
 
     return predict
 
@@ -79,8 +100,6 @@ def multi_scale(
     fit: Fit = None,
 ) -> Predict:
     """The mean logits over scaled and, with ``flip``, also mirrored images.
-
-    Two maps of logits are held at a time: the sum, and the prediction that is added to it.
 
     Args:
         predict: ``whole`` or ``sliding``.
@@ -139,70 +158,18 @@ def average(
         sizes: from the image's (height, width) to those to predict at.
     """
 
-    def predict_all(images: Tensor, frame: int = 0) -> Tensor:
-        size = images.shape[-2:]
-        views = [
-            (scaled, mirrored) for scaled in sizes(size) for mirrored in ((False, True) if flip else (False,))
-        ]
-        assert views, "no sizes"
-        which = (frame,) if images.dim() == 5 else ()
-        total: Tensor | None = None
-        for scaled, mirrored in views:
+    def predict_all(images: Tensor, frame: int | None = None) -> Rows:
+        size = images.shape[-2], images.shape[-1]
+        maps: list[Rows] = []
+        for scaled in sizes(size):
             view = resize(images, scaled)
-            logits = predict(view.flip(-1) if mirrored else view, *which)
-            if total is None and not mirrored:
-                total = resize(logits, size)
-                if total is logits and len(views) > 1:
-                    total = logits.clone()  # it is added to in place
-            else:
-                assert total is not None
-                _add(total, logits, mirrored, mirror_pairs)
-            del logits
-        assert total is not None
-        return total if len(views) == 1 else total.div_(len(views))
+            maps.append(Resized(predict(view, frame), size))
+            if flip:
+                maps.append(Resized(Mirrored(predict(view.flip(-1), frame), mirror_pairs), size))
+        assert maps, "no sizes"
+        return Mean(maps)
 
     return predict_all
-
-
-def _add(total: Tensor, logits: Tensor, mirrored: bool, mirror_pairs: Sequence[tuple[int, int]]) -> None:
-    """Add logits of another size to the sum, a few classes at a time: no further map is held."""
-    order = list(range(total.shape[1]))
-    if mirrored:
-        for left, right in mirror_pairs:
-            order[left], order[right] = order[right], order[left]
-    step = max(len(order) // 8, 1)
-    for start in range(0, len(order), step):
-        part = logits[:, order[start : start + step]]
-        part = resize(part.flip(3) if mirrored else part, total.shape[2:])
-        total[:, start : start + step].add_(part)
-
-
-def with_autocast(predict: Predict, amp: str, device: torch.device) -> Predict:
-    """Compute in a half type; logits stay fp32, as does all on a CPU for very narrow images.
-
-    Args:
-        amp: "bf16", "fp16", "off", or "auto": bf16 where the device has instructions for it.
-    """
-    if amp == "auto":
-        amp = "bf16" if _is_fast_in_bf16(device) else "off"
-    if amp == "off":
-        return predict
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-
-    def predict_in_half(images: Tensor, *frame: int) -> Tensor:
-        # oneDNN's AMX kernels return uninitialised memory for strided convolutions of maps 1 or 2 wide.
-        if device.type == "cpu" and images.shape[-1] <= NARROW:
-            return predict(images, *frame)
-        with torch.autocast(device.type, dtype=dtype):
-            return predict(images, *frame)
-
-    return predict_in_half
-
-
-def _is_fast_in_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def tile_starts(length: int, tile: int, overlap: float = 1 / 3) -> list[int]:
@@ -212,16 +179,36 @@ def tile_starts(length: int, tile: int, overlap: float = 1 / 3) -> list[int]:
     return [min(index * stride, length - tile) for index in range(count)]
 
 
-def _window(x: Tensor, top: int, left: int, size: tuple[int, int]) -> Tensor:
-    return x[..., top : top + size[0], left : left + size[1]]
+def _logits(model: nn.Module, images: Tensor, frame: int | None, amp: str) -> Tensor:
+    """The network's own logits (B,N,h,w), or (B·T,N,h,w), in fp32; see ``Predict``."""
+    device = next((parameter.device for parameter in model.parameters()), images.device)
+    memory_format = torch.channels_last if images.dim() == 4 else torch.channels_last_3d
+    images = images.to(device).contiguous(memory_format=memory_format)
+    with _autocast(amp, images):
+        logits = model(images)["out"]
+    if images.dim() == 5 and frame is not None:
+        logits = logits[frame :: images.shape[2]]  # the network folds frames into the batch
+    logits = logits.float()
+    if not logits.sum().isfinite():
+        raise PredictionError("the network's output is not finite; its weights are damaged")
+    return logits
 
 
-def _logits(model: nn.Module, images: Tensor, frame: int) -> Tensor:
-    """Logits (B,N,h,w) in fp32 of images, or of one frame of clips."""
-    if images.dim() == 4:
-        return model(images.contiguous(memory_format=torch.channels_last))["out"].float()
-    logits = model(images.contiguous(memory_format=torch.channels_last_3d))["out"]
-    return logits[frame :: images.shape[2]].float()  # the network folds frames into the batch
+def _autocast(amp: str, images: Tensor) -> AbstractContextManager[Any]:
+    """The context in which the network sees the images."""
+    device = images.device
+    if amp == "auto":
+        amp = "bf16" if _is_fast_in_bf16(device) else "off"
+    # oneDNN's AMX kernels return uninitialised memory for strided convolutions of maps 1 or 2 wide.
+    if amp == "off" or (device.type == "cpu" and images.shape[-1] <= NARROW):
+        return nullcontext()
+    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[amp])
+
+
+def _is_fast_in_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def resize(x: Tensor, size: Sequence[int], align_corners: bool = True) -> Tensor:

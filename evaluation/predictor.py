@@ -10,24 +10,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dataset import LabelTable, Normalization, generic_table
-from evaluation.bands import Mean, Mirrored, Resized, Rows, Stored, Tiled, class_ids
+from evaluation.bands import Rows, class_ids
 from evaluation.checkpoint import CITYSCAPES, TrainedOn, labels_of, trained_on
-from evaluation.inference import Fit, resize, scaled_sizes, tile_starts, with_autocast
+from evaluation.inference import Fit, multi_scale, scaled_sizes, sliding, whole
 from evaluation.options import AMP
 from networks import Segmenter, fold_norms, restore_model
 from utils.checkpoint import load_checkpoint
 
 WHOLE_PIXELS = 2**22  # larger pictures go through the network in tiles, see ``Predictor``
 BYTES_PER_PIXEL = 800  # of the network's largest activations in fp32, stated generously
-
-
-class PredictionError(RuntimeError):
-    """A network that predicts nothing: one line that gives the reason."""
-
-    exit_status = 1
 
 
 class Predictor:
@@ -115,7 +108,6 @@ class Predictor:
         if isinstance(fit, numbers.Integral):
             fit = int(fit)
         self.fit: Fit = trained.fit if fit == "auto" else fit
-        self._align_corners = getattr(model, "align_corners", True)
         # Normalisation layers cost nothing once they are part of the convolutions.
         self.network = fold_norms(model).float().to(self.device)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -157,9 +149,10 @@ class Predictor:
                 )
         results: list[np.ndarray] = []
         together = self._together(images[0].shape) if len(images) else 1
+        predict = multi_scale(self._view, self.scales, self.flip, self.labels.mirror_pairs, self.fit)
         for start in range(0, len(images), together):
             batch = images[start : start + together]
-            ids = class_ids(self._logits(self._normalized(batch))).cpu().numpy()
+            ids = class_ids(predict(self._normalized(batch))).cpu().numpy()
             results += list(ids.reshape(len(batch), *images[0].shape[:-1]))
         return results
 
@@ -195,48 +188,11 @@ class Predictor:
                     clip[:, t, rows] = torch.from_numpy(self.normalization(frame[rows]))
         return inputs
 
-    def _logits(self, inputs: Tensor) -> Rows:
-        size = inputs.shape[-2], inputs.shape[-1]
-        maps: list[Rows] = []
-        for scaled in scaled_sizes(size, self.scales, self.fit):
-            for mirrored in (False, True) if self.flip else (False,):
-                view = resize(inputs, scaled)
-                logits = self._view_logits(view.flip(-1) if mirrored else view)
-                logits = Mirrored(logits, self.labels.mirror_pairs) if mirrored else logits
-                maps.append(Resized(logits, size))
-        return Mean(maps)
-
-    def _view_logits(self, view: Tensor) -> Rows:
-        size = view.shape[-2], view.shape[-1]
-        frames = view.shape[2] if view.dim() == 5 else 1
-        if self.goes_whole(frames * size[0] * size[1]):
-            return Resized(Stored(self._run(view)), size, self._align_corners)
-        height, width = (max(sides) for sides in zip(size, self.tile_size, strict=True))
-        # Missing pixels are 0, the mean colour.
-        view = F.pad(view, (0, width - size[1], 0, height - size[0]))
-        tile_height, tile_width = self.tile_size
-        corners = [
-            (top, left) for top in tile_starts(height, tile_height) for left in tile_starts(width, tile_width)
-        ]
-        tiles: list[tuple[Rows, int, int]] = []
-        together = max(self.batch_size // (len(view) * frames), 1)
-        for start in range(0, len(corners), together):
-            group = corners[start : start + together]
-            windows = [view[..., y : y + tile_height, x : x + tile_width] for y, x in group]
-            logits = self._run(torch.cat(windows)).split(len(view) * frames)
-            for part, (top, left) in zip(logits, group, strict=True):
-                tiles.append((Resized(Stored(part), self.tile_size, self._align_corners), top, left))
-        return Tiled(tiles, size)
-
-    def _run(self, inputs: Tensor) -> Tensor:
-        """The network's logits (B·T,N,h,w) in fp32."""
-        memory_format = torch.channels_last if inputs.dim() == 4 else torch.channels_last_3d
-        inputs = inputs.to(self.device).contiguous(memory_format=memory_format)
-        logits = with_autocast(lambda x: self.network(x)["out"], self.amp, self.device)
-        out = logits(inputs).float()
-        if not out.sum().isfinite():
-            raise PredictionError("the network's output is not finite; its weights are damaged")
-        return out
+    def _view(self, images: Tensor, frame: int | None = None) -> Rows:
+        """The prediction at one size, whole or in tiles."""
+        if self.goes_whole(images[0, 0].numel()):
+            return whole(self.network, self.amp)(images, frame)
+        return sliding(self.network, self.tile_size, self.batch_size, self.amp)(images, frame)
 
 
 def _check_options(

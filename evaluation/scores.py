@@ -6,16 +6,11 @@ from typing import Any
 import torch
 
 from dataset import DataError, EvaluationDataset, Sample, load_samples
-from evaluation.inference import Predict
+from evaluation.bands import class_ids
+from evaluation.inference import Predict, PredictionError
 from evaluation.metrics import ConfusionMatrix
 from evaluation.pictures import Save
 from utils.distributed import Process
-
-
-class ScoreError(RuntimeError):
-    """Predictions that cannot be scored: one line that names the image and the reason."""
-
-    exit_status = 1
 
 
 def validation_scores(
@@ -69,16 +64,15 @@ def count_predictions(
         The number of samples.
 
     Raises:
-        ScoreError: the network's output is not finite, so that no class can be predicted.
+        PredictionError: the network's output is not finite, so that no class can be predicted.
     """
     done = 0
     for done, sample in enumerate(samples, start=1):  # noqa: B007
         image = sample.image.to(process.device, non_blocking=True).unsqueeze(0)
-        logits = predict(image, sample.scored) if image.dim() == 5 else predict(image)
-        if not logits.sum().isfinite():
-            raise ScoreError(f"{sample.name}: the network's output is not finite; its weights are damaged")
-        prediction = logits.max(dim=1).indices[0].to(torch.uint8)  # faster than argmax on a CPU
-        del logits
+        try:
+            prediction = class_ids(predict(image, sample.scored))[0]
+        except PredictionError as error:
+            raise PredictionError(f"{sample.name}: {error}") from None
         if sample.label is not None:
             matrix.update(prediction, sample.label.to(process.device, non_blocking=True))
         if save:

@@ -1,15 +1,14 @@
 """Sliding windows, scales and flips against the protocol written out, with networks whose answer is known."""
 
-import weakref
-from math import ceil
-
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from evaluation.inference import multi_scale, short_sides, sliding, whole, with_autocast
+from evaluation import bands
+from evaluation.bands import Stored
+from evaluation.inference import PredictionError, multi_scale, short_sides, sliding, whole
+from tests.evaluation import eager
 
 
 class Local(nn.Module):
@@ -25,26 +24,15 @@ class Local(nn.Module):
         self.batches.append(tuple(images.shape))
         return {"out": self.conv(images)}
 
-    def at_full_size(self, images):
-        return F.interpolate(self(images)["out"], images.shape[2:], mode="bilinear", align_corners=True)
+
+def full(logits):
+    """All rows of a map, asked for in one piece."""
+    return logits.rows(0, logits.size[0])
 
 
-def as_the_reference_does(model, image, tile):
-    """The sliding window of the reference's evaluate.py: one image, one tile at a time, in numpy."""
-    _, _, height, width = image.shape
-    stride = ceil(tile * (1 - 1 / 3))
-    rows, columns = int(ceil((height - tile) / stride) + 1), int(ceil((width - tile) / stride) + 1)
-    total, times = np.zeros((4, height, width)), np.zeros((height, width))
-    for row in range(max(rows, 1)):
-        for column in range(max(columns, 1)):
-            bottom, right = min(row * stride + tile, height), min(column * stride + tile, width)
-            top, left = max(bottom - tile, 0), max(right - tile, 0)
-            part = image[:, :, top:bottom, left:right]
-            padded = F.pad(part, (0, tile - part.shape[3], 0, tile - part.shape[2]))
-            logits = model.at_full_size(padded)[0, :, : part.shape[2], : part.shape[3]]
-            total[:, top:bottom, left:right] += logits.detach().numpy()
-            times[top:bottom, left:right] += 1
-    return total / times
+def identity(images, frame=None):
+    """A prediction that is the image itself."""
+    return Stored(images)
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 61), (33, 33), (20, 70), (20, 25), (77, 34), (56, 56)])
@@ -52,10 +40,8 @@ def as_the_reference_does(model, image, tile):
 def test_sliding_window(height, width, tile_batch):
     model, images = Local(), torch.randn(2, 3, height, width, dtype=torch.float64)
     with torch.no_grad():
-        logits = sliding(model, (33, 33), tile_batch)(images)
-        for image, got in zip(images, logits, strict=True):
-            expected = as_the_reference_does(model, image[None], 33)
-            np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-6)
+        logits = full(sliding(model, (33, 33), tile_batch)(images))
+        torch.testing.assert_close(logits, eager.in_tiles(model, images, (33, 33)), rtol=1e-5, atol=1e-6)
 
 
 def test_published_tiles_of_a_cityscapes_image():
@@ -68,33 +54,50 @@ def test_published_tiles_of_a_cityscapes_image():
 def test_tiles_need_not_be_square():
     model, image = Local(), torch.randn(1, 3, 30, 90, dtype=torch.float64)
     with torch.no_grad():
-        assert sliding(model, (17, 41))(image).shape == (1, 4, 30, 90)
+        logits = full(sliding(model, (17, 41))(image))
+        torch.testing.assert_close(logits, eager.in_tiles(model, image, (17, 41)), rtol=1e-5, atol=1e-6)
         small = image[..., :10, :30]
         padded = F.pad(small, (0, 11, 0, 7))  # to a tile's size
-        expected = whole(model)(padded)[..., :10, :30]
-        torch.testing.assert_close(sliding(model, (17, 41))(small), expected)
+        expected = full(whole(model)(padded))[..., :10, :30]
+        torch.testing.assert_close(full(sliding(model, (17, 41))(small)), expected)
     assert {shape[2:] for shape in model.batches} == {(17, 41)}
 
 
 def test_whole_image():
     model, image = Local(), torch.randn(2, 3, 21, 34, dtype=torch.float64)
-    torch.testing.assert_close(whole(model)(image).double(), model.at_full_size(image), rtol=1e-5, atol=1e-6)
+    expected = eager.at_full_size(model, image)
+    torch.testing.assert_close(full(whole(model)(image)), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", [whole, lambda model: sliding(model, (17, 33))], ids=["whole", "sliding"])
+def test_bands_of_all_views(how):
+    """Tiles, scales, mirroring and pairs of classes at once; rows are asked for a few at a time."""
+    model, images = Local(), torch.randn(2, 3, 39, 50, dtype=torch.float64)
+
+    def predict(view):
+        return eager.at_full_size(model, view) if how is whole else eager.in_tiles(model, view, (17, 33))
+
+    with torch.no_grad():
+        logits = multi_scale(how(model), (0.6, 1, 1.3), flip=True, mirror_pairs=[(0, 2)])(images)
+        got = torch.cat([logits.rows(top, min(top + 7, 39)) for top in range(0, 39, 7)], dim=2)
+        expected = eager.averaged(predict, images, (0.6, 1, 1.3), flip=True, swapped=[(0, 2)])
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_scales_and_flip_are_averaged_in_the_images_own_frame():
     """A prediction that is the image itself must come back as itself, flipped or not, at every scale."""
     ramp = torch.linspace(0, 1, 24).view(1, 1, 1, 24) + torch.linspace(0, 2, 17).view(1, 1, 17, 1)
     image = ramp.expand(2, 3, 17, 24) * torch.tensor([1.0, -2.0]).view(2, 1, 1, 1)
-    predict = multi_scale(lambda x: x, scales=(0.5, 1, 1.25), flip=True)
-    torch.testing.assert_close(predict(image), image, rtol=1e-5, atol=1e-5)
+    predict = multi_scale(identity, scales=(0.5, 1, 1.25), flip=True)
+    torch.testing.assert_close(full(predict(image)), image, rtol=1e-5, atol=1e-5)
 
 
 def test_flip_mirrors_left_and_right():
     seen = []
 
-    def predict(images):
+    def predict(images, frame=None):
         seen.append(images)
-        return images
+        return Stored(images)
 
     image = torch.randn(1, 3, 4, 6)
     multi_scale(predict, flip=True)(image)
@@ -103,7 +106,7 @@ def test_flip_mirrors_left_and_right():
 
 def test_one_scale_without_flip_changes_nothing():
     model, image = Local(), torch.randn(1, 3, 21, 34, dtype=torch.float64)
-    assert torch.equal(multi_scale(whole(model))(image), whole(model)(image))
+    assert torch.equal(full(multi_scale(whole(model))(image)), full(whole(model)(image)))
 
 
 class Clips(nn.Module):
@@ -128,42 +131,43 @@ def test_one_frame_of_a_clip(protocol, frame):
     """The prediction of a clip's frame is that of the sum of two images, each predicted alone."""
     model, clip = Clips(), torch.randn(2, 3, 3, 41, 50, dtype=torch.float64)
 
-    def predicted(images, frame=0):
+    def predicted(images, frame=None):
         predict = whole(model) if protocol != "sliding" else sliding(model, (33, 33), 2)
         if protocol == "multi_scale":
             predict = multi_scale(predict, (0.75, 1), flip=True)
-        return predict(images, frame)
+        return full(predict(images, frame))
 
     with torch.no_grad():
         expected = predicted(clip[:, :, frame]) + predicted(clip.sum(2))
         torch.testing.assert_close(predicted(clip, frame), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(predicted(clip)[frame::3], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_mirroring_swaps_the_classes_of_a_pair():
     """A network that tells left from right (class 1 and 2) is averaged with itself."""
 
-    def predict(images, frame=0):
+    def predict(images, frame=None):
         logits = torch.zeros(1, 4, *images.shape[2:])
         middle = images.shape[3] // 2
         logits[:, 1, :, :middle], logits[:, 2, :, middle:] = 1, 1
         logits[:, 3] = images[:, 0]
-        return logits
+        return Stored(logits)
 
     images = torch.randn(1, 3, 5, 8)
-    averaged = multi_scale(predict, flip=True, mirror_pairs=[(1, 2)])(images)
-    torch.testing.assert_close(averaged, predict(images))
-    mixed = multi_scale(predict, flip=True)(images)
+    averaged = full(multi_scale(predict, flip=True, mirror_pairs=[(1, 2)])(images))
+    torch.testing.assert_close(averaged, full(predict(images)))
+    mixed = full(multi_scale(predict, flip=True)(images))
     assert mixed[0, 1].unique().tolist() == [0.5]
 
 
 def test_short_sides_of_ade20k():
     sizes = []
 
-    def predict(images, frame=0):
+    def predict(images, frame=None):
         sizes.append(tuple(images.shape[2:]))
-        return images[:, :2]
+        return Stored(images[:, :2])
 
-    out = short_sides(predict, (30, 600))(torch.randn(1, 3, 40, 80))
+    out = full(short_sides(predict, (30, 600))(torch.randn(1, 3, 40, 80)))
     assert sizes == [(30, 60), (500, 1000)]
     assert out.shape == (1, 2, 40, 80)
 
@@ -184,36 +188,51 @@ def test_short_sides_of_ade20k():
 def test_images_are_scaled_before_they_are_predicted(size, fit, scales, expected):
     sizes = []
 
-    def predict(images, frame=0):
+    def predict(images, frame=None):
         sizes.append(tuple(images.shape[2:]))
-        return images[:, :2]
+        return Stored(images[:, :2])
 
     images = torch.randn(1, 3, *size)
-    out = multi_scale(predict, scales, fit=fit)(images)
+    out = full(multi_scale(predict, scales, fit=fit)(images))
     assert sizes == expected
     assert out.shape == (1, 2, *size)
 
 
-def test_two_maps_of_logits_at_a_time():
-    """However many scales there are: the sum, and the prediction that is added to it."""
-    alive, most = [], 0
+def test_only_small_logits_are_held(monkeypatch):
+    """However many scales there are: the network's outputs, and a band."""
+    monkeypatch.setattr(bands, "BAND_BYTES", 4 * 4 * 48 * 5)
+    heights, resize = [], F.interpolate
 
-    def predict(images, frame=0):
-        nonlocal most
-        logits = torch.zeros(1, 16, *images.shape[2:])
-        alive[:] = [ref for ref in alive if ref() is not None]
-        alive.append(weakref.ref(logits))
-        most = max(most, len(alive))
-        return logits
+    def recorded(x, size, **how):
+        heights.append(size[0])
+        return resize(x, size, **how)
 
-    multi_scale(predict, (0.5, 0.75, 1.25, 1.5), flip=True)(torch.randn(1, 3, 40, 48))
-    assert most <= 2
+    monkeypatch.setattr(bands.F, "interpolate", recorded)
+    predict = multi_scale(whole(Local().float()), (0.5, 0.75, 1.25, 1.5), flip=True)
+    with torch.no_grad():
+        logits = predict(torch.randn(1, 3, 40, 48))
+        heights.clear()
+        assert bands.class_ids(logits).shape == (1, 40, 48)
+    assert max(heights) <= 9  # 5 rows of the image at a scale of 1.5, and one more
 
 
 @pytest.mark.parametrize(("width", "half"), [(16, False), (17, True)])
-def test_narrow_images_are_in_full_precision_on_a_cpu(width, half):
-    def predict(images):
-        return torch.tensor(torch.is_autocast_enabled("cpu"))
+@pytest.mark.parametrize("how", [whole, lambda model, amp: sliding(model, (20, 16), amp=amp)])
+def test_narrow_inputs_are_in_full_precision_on_a_cpu(width, half, how):
+    seen = []
 
-    image = torch.zeros(1, 3, 20, width)
-    assert with_autocast(predict, "bf16", torch.device("cpu"))(image).item() == half
+    class Network(nn.Module):
+        def forward(self, images):
+            seen.append((images.shape[-1], torch.is_autocast_enabled("cpu")))
+            return {"out": images}
+
+    how(Network(), amp="bf16")(torch.zeros(1, 3, 20, width))
+    assert set(seen) == {(width, half) if how is whole else (16, False)}
+
+
+@pytest.mark.parametrize("how", [whole, lambda model: sliding(model, (33, 33))])
+def test_logits_that_are_not_finite(how):
+    model = Local()
+    model.conv.bias.data[0] = float("inf")
+    with torch.no_grad(), pytest.raises(PredictionError, match="not finite"):
+        how(model)(torch.randn(1, 3, 40, 40, dtype=torch.float64))

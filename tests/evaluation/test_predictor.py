@@ -1,4 +1,4 @@
-"""The predictor against ``evaluation.inference``, which holds all logits at full size."""
+"""The predictor against the test protocol written out, which holds all logits at full size."""
 
 import copy
 from pathlib import Path
@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from dataset import DATASETS, LabelTable, generic_table
 from evaluation import Predictor, bands
 from evaluation.checkpoint import CITYSCAPES, TrainedOn, labels_of, trained_on
-from evaluation.inference import multi_scale, sliding, whole
-from evaluation.predictor import PredictionError, available_memory
+from evaluation.inference import PredictionError
+from evaluation.predictor import available_memory
 from networks import build_model
+from tests.evaluation import eager
 from utils.checkpoint import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,13 @@ def model():
 
 def picture(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8)
+
+
+def shapes_seen_by(predictor):
+    """The shapes of the network's inputs; the list grows with each."""
+    shapes = []
+    predictor.network.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    return shapes
 
 
 def assert_same_classes(ids, logits):
@@ -56,10 +64,14 @@ def test_classes_are_those_of_the_test_protocol(model, monkeypatch, size, how, s
     ids = predictor(image)
     assert ids.shape == size
     assert ids.dtype == np.uint8
-    predict = whole(predictor.network) if how else sliding(predictor.network, (33, 41))
-    predict = multi_scale(predict, scales, flip, TABLE.mirror_pairs)
+
+    def predict(view):
+        network = predictor.network
+        return eager.at_full_size(network, view) if how else eager.in_tiles(network, view, (33, 41))
+
     with torch.inference_mode():
-        logits = predict(torch.from_numpy(predictor.normalization(image))[None])
+        inputs = torch.from_numpy(predictor.normalization(image))[None]
+        logits = eager.averaged(predict, inputs, scales, flip, TABLE.mirror_pairs)
     assert_same_classes(ids, logits)
 
 
@@ -93,11 +105,13 @@ def test_clips(model, how):
     inputs = torch.stack([torch.from_numpy(predictor.normalization(frame)) for frame in clip], dim=1)
     for frame in range(3):
         with torch.inference_mode():
-            assert_same_classes(ids[frame], whole(predictor.network)(inputs[None], frame))
-    lengths, run = [], predictor._run
-    predictor._run = lambda x: lengths.append(len(x)) or run(x)
+            logits = predictor.network(inputs[None])["out"][frame : frame + 1]
+            assert_same_classes(ids[frame], eager.resized(logits, (25, 25)))
+    shapes = shapes_seen_by(predictor)
     predictor(np.stack([picture(25, 60)] * 3))
-    assert lengths == ([1] if how else [1] * 4)  # of its tiles one at a time: a batch is of three pictures
+    assert [shape[0] for shape in shapes] == (
+        [1] if how else [1] * 4
+    )  # of its tiles one at a time: a batch is of three pictures
 
 
 def test_a_network_of_pictures_takes_no_clips(model, tmp_path):
@@ -262,12 +276,11 @@ def test_the_hub_gives_the_same(model, tmp_path):
     torch.save(
         {"model": model.state_dict(), "network": network, "recipe": recipe, "data": data_of(TABLE)}, path
     )
-    image, sizes = picture(40, 50), []
+    image = picture(40, 50)
     hub = torch.hub.load(str(ROOT), "ccnet", source="local", checkpoint=tmp_path, device="cpu", amp="off")
     assert hub.tile_size == (33, 41)
     assert hub.names == TABLE.names
-    run = hub._run
-    hub._run = lambda x: sizes.append(tuple(x.shape)) or run(x)
+    sizes = shapes_seen_by(hub)
     here = Predictor(model, "cpu", amp="off")
     here.fit = 24
     assert (hub(image) == here(image)).all()
@@ -279,10 +292,9 @@ def test_the_hub_gives_the_same(model, tmp_path):
 def test_batches_are_as_large_as_half_of_the_memory_allows(model, monkeypatch):
     predictor = Predictor(model, "cpu", batch_size=4)
     monkeypatch.setattr("evaluation.predictor.available_memory", lambda device: 4 * 800 * 24 * 32)
-    sizes, run = [], predictor._run
-    monkeypatch.setattr(predictor, "_run", lambda x: sizes.append(len(x)) or run(x))
+    shapes = shapes_seen_by(predictor)
     predictor.predict_batch([picture(24, 32)] * 5)
-    assert sizes == [2, 2, 1]
+    assert [shape[0] for shape in shapes] == [2, 2, 1]
     predictor.scales = (2.0,)  # four times the pixels
     assert predictor._together((24, 32, 3)) == 1
 

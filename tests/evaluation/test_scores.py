@@ -5,6 +5,7 @@ from itertools import islice
 import torch
 
 from dataset import EvaluationDataset, find_dataset, list_samples
+from evaluation.bands import Stored
 from evaluation.scores import validation_scores
 from utils.distributed import Process
 
@@ -13,8 +14,8 @@ def scores_of(demo_data, until=iter):
     spec = find_dataset(demo_data)
     dataset = EvaluationDataset(list_samples(spec, demo_data, "val"), spec.labels)
 
-    def predict(images):
-        return torch.ones(1, 19, *images.shape[2:])
+    def predict(images, frame=None):
+        return Stored(torch.ones(1, 19, *images.shape[2:]))
 
     return validation_scores(predict, dataset, Process((torch.device("cpu"),)), 0, until)
 

@@ -189,8 +189,8 @@ def test_the_same_logits_at_the_same_places(their, ours):
     assert close(layer4, expected4)
     assert close(model.auxiliary_head(layer3)["out"], expected_auxiliary)
     enlarged = F.interpolate(expected, (32, 40), mode="bilinear", align_corners=False)
-    assert close(whole(model)(images), enlarged)
-    assert close(whole(fold_norms(model))(images), enlarged)
+    assert close(whole(model)(images).rows(0, 32), enlarged)
+    assert close(whole(fold_norms(model))(images).rows(0, 32), enlarged)
 
 
 def test_what_cannot_differ_does_not(ours):

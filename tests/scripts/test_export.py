@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import export
 from dataset import DATASETS, Normalization, generic_table
+from evaluation.bands import class_ids
 from evaluation.inference import whole
 from networks import NetworkConfig, build_model, load_model
 from networks.heads.psp import PyramidPooling
@@ -39,7 +40,7 @@ def expected_ids(path, pictures):
     normalization = Normalization(config.mean, config.std, config.channel_order)
     images = torch.from_numpy(np.stack([normalization(picture) for picture in pictures]))
     with torch.inference_mode():
-        return whole(model)(images).argmax(dim=1)
+        return class_ids(whole(model)(images))
 
 
 def some_pictures(batch, height, width):

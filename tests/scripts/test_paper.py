@@ -151,12 +151,12 @@ def test_images_are_evaluated_at_the_short_side_of_the_recipe(call, ade20k, tmp_
     output = tmp_path / "predicted"
     sizes = []
 
-    def spy(self, inputs):
+    def spy(self, inputs, frame=None):
         sizes.append(tuple(inputs.shape[-2:]))
-        return run_network(self, inputs)
+        return view(self, inputs, frame)
 
-    run_network = Predictor._run
-    monkeypatch.setattr(Predictor, "_run", spy)
+    view = Predictor._view
+    monkeypatch.setattr(Predictor, "_view", spy)
     for fit in ((), ("--fit", "none"), ("--fit", "20,99")):
         options = ("--restore-from", run, "--input", picture, "--output-dir", output, "--gpu", "cpu")
         assert call("predict.py", *options, "--whole", "yes", *fit).status == 0
