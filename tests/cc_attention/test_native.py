@@ -91,6 +91,18 @@ def test_what_comes_back_is_channels_last_in_any_case():
 
 
 @needs_kernels
+def test_strided_arguments_of_the_backward_pass():
+    """Who calls the registered operator may have kept the log-sum-exp or a gradient in another layout."""
+    q, k, v, grad = (torch.randn(2, c, 5, 6) for c in (3, 3, 4, 4))
+    out, lse = torch.ops.cc_attention.criss_cross_attention(q, k, v)
+    backward = torch.ops.cc_attention.criss_cross_attention_backward
+    expected = backward(grad, q, k, v, out, lse)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (grad, q, k, v, out, lse)]
+    for found, x in zip(backward(*strided), expected, strict=True):
+        assert torch.equal(found, x)
+
+
+@needs_kernels
 def test_last_line_before_memory():
     """Who calls the registered operator itself passes by Python's checks, but not by these."""
     q, k, v = (torch.randn(1, c, 4, 5) for c in (2, 2, 3))
