@@ -6,12 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cc_attention import CrissCrossAttention
 from instances.errors import UsageError, require
+from networks.heads.non_local import NonLocalAttention
 from utils.checkpoint import CheckpointError, load_checkpoint, not_finite
 
 BACKBONES = {"resnet18": 256, "resnet50": 1024, "resnet101": 1024}  # channels of the third stage
@@ -78,8 +77,8 @@ class MaskRCNNConfig:
         return asdict(self)
 
 
-class RecurrentCrissCross(CrissCrossAttention):
-    """R rounds of criss-cross attention with shared weights; the identity as long as gamma is 0."""
+class Recurrent(nn.Module):
+    """R rounds of the attention that a subclass also inherits; the identity as long as gamma is 0."""
 
     def __init__(self, in_channels: int, recurrence: int) -> None:
         super().__init__(in_channels)
@@ -90,35 +89,16 @@ class RecurrentCrissCross(CrissCrossAttention):
         out = x
         for _ in range(self.recurrence):
             out = super().forward(out)
-        # The operator is channels-last; what follows stays in the layout of the rest of the network.
+        # The attention is channels-last; what follows stays in the layout of the rest of the network.
         return out.contiguous() if x.is_contiguous() else out
 
 
-class RecurrentNonLocal(nn.Module):
-    """Non-local attention with the same projections: each position attends to all H·W.
+class RecurrentCrissCross(Recurrent, CrissCrossAttention):
+    """Each position attends to its row and column."""
 
-    x + gamma · softmax(query(x)ᵀ key(x)) value(x), R times. It differs from criss-cross attention in the
-    positions that are attended to alone, so the two can be compared.
-    """
 
-    def __init__(self, in_channels: int, recurrence: int) -> None:
-        super().__init__()
-        self.query_conv = nn.Conv2d(in_channels, in_channels // 8, 1)
-        self.key_conv = nn.Conv2d(in_channels, in_channels // 8, 1)
-        self.value_conv = nn.Conv2d(in_channels, in_channels, 1)
-        self.gamma = nn.Parameter(torch.zeros(1))
-        self.recurrence = recurrence
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B,C,H,W) → (B,C,H,W)."""
-        for _ in range(self.recurrence):
-            query, key, value = (
-                conv(x).flatten(2).transpose(1, 2).unsqueeze(1)  # [B,1,HW,·]
-                for conv in (self.query_conv, self.key_conv, self.value_conv)
-            )
-            out = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-            x = torch.addcmul(x, self.gamma.to(x.dtype), out.squeeze(1).transpose(1, 2).reshape(x.shape))
-        return x
+class RecurrentNonLocal(Recurrent, NonLocalAttention):
+    """Each position attends to all H·W, by the same projections, so that the two can be compared."""
 
 
 def insert_attention(stage: nn.Sequential, attention: nn.Module) -> nn.Sequential:
