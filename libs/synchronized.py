@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 
 class Processes:
@@ -35,6 +36,9 @@ class Processes:
             self._compare_channels(vector.device)
         return self._all_gather(vector)
 
+    # While the compiler traces it, the constant is gathered for real. How often it is traced depends on the
+    # caches of a process, so processes got out of step. (torch.compiler.disable imports Dynamo here.)
+    @_disable_dynamo
     def _compare_channels(self, device: torch.device) -> None:
         counts = self._all_gather(torch.tensor([self.channels], device=device)).flatten().tolist()
         if len(set(counts)) > 1:
