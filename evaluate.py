@@ -8,6 +8,7 @@ from utils import startup
 
 startup.prepare()  # before imports that take seconds
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -70,12 +71,12 @@ def main() -> None:
     with process_group(options.gpu) as process:
         with process.all_or_none():
             evaluation = build(options, process)
-        check_same_files(evaluation, options, process)
-        began = time.perf_counter()
         submission, reports = evaluation.submission, evaluation.reports
         with ExitStack() as stack:
             if submission is not None:
                 stack.callback(submission.remove_parts)
+            check_same_start(evaluation, options, process)
+            began = time.perf_counter()
             with process.all_or_none():
                 bar = tqdm(
                     evaluation.loaded, total=evaluation.num_images, unit="image", disable=not process.is_main
@@ -98,6 +99,7 @@ class Evaluation:
     """A network, the samples that this process predicts, and where the counts go."""
 
     settings: dict[str, Any]  # for metrics.json
+    weights: str  # a hash, where there are processes to compare it with
     spec: DatasetSpec
     pairs: list[Pair]
     num_images: int  # images of this process
@@ -134,6 +136,7 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
     metrics_file = prepare_output(options.output_dir)
 
     # Normalisation costs nothing once it is part of the convolutions.
+    weights = hash_of_weights(model) if process.world_size > 1 else ""
     network = fold_norms(model).to(process.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     tile_size = options.input_size or trained.crop
@@ -165,6 +168,7 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
             "step": trained.step,
             "clip": clip,
         },
+        weights=weights,
         spec=spec,
         pairs=pairs,
         num_images=len(share),
@@ -179,20 +183,47 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
     )
 
 
-def check_same_files(evaluation: Evaluation, options: EvaluationOptions, process: Process) -> None:
-    """All processes, perhaps on several machines, must see the same images and checkpoint.
+def hash_of_weights(model: nn.Module) -> str:
+    """Of all parameters and buffers, bit by bit."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]
+
+
+def check_same_start(evaluation: Evaluation, options: EvaluationOptions, process: Process) -> None:
+    """All processes, perhaps on several machines, must see the same images and weights, and score alike.
 
     Raises:
-        DataError: in the main process, if they do not; PeerError in the others.
+        DataError: in the main process, if files differ; PeerError in the others.
+        UsageError: likewise, if settings differ.
     """
     images = fingerprint(evaluation.pairs, options.data_dir)
-    difference = process.find_difference(f"{images}, a checkpoint of step {evaluation.settings['step']}")
-    if difference is not None:
-        rank, here, there = difference
+    files = f"{images}, a checkpoint of step {evaluation.settings['step']} with weights {evaluation.weights}"
+    settings = {name: value for name, value in evaluation.settings.items() if name != "checkpoint"}
+    names = (
+        "whole",
+        "scales",
+        "short_sides",
+        "flip",
+        "amp",
+        "ignore_label",
+        "report",
+        "report_images",
+        "save",
+    )
+    settings |= {name: getattr(options, name) for name in names}
+    difference = process.find_difference((files, settings))
+    if difference is None:
+        return
+    rank, (here, own), (there, other) = difference
+    if here != there:
         raise DataError(
             f"the processes see different files: {here}, but process {rank} has {there}; "
             "all machines must see the same --data-dir and --restore-from"
         )
+    differ = [f"{name} {value} → {other[name]}" for name, value in own.items() if value != other[name]]
+    raise UsageError(f"process {rank} was started with other settings: {', '.join(differ)}")
 
 
 def find_samples(

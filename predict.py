@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,9 +134,10 @@ def main() -> None:
         recurrence=options.recurrence,
         fit="auto" if options.fit is None else options.fit or None,
     )
+    if options.attention is not None:
+        attention_layer(predictor)  # or an error
     run = Run(options, predictor)
     if options.attention is not None:
-        attention_layer(predictor)
         prepare_folder(options.output_dir, ("attention",))
         with run.bar:
             run.show_attention(files, point)
@@ -202,9 +204,10 @@ class Run:
 
         done = 0
         try:
-            with Background() as writer:
+            # The reader's thread must have ended before the interpreter does, whatever holds the error.
+            with Background() as writer, closing(iterate_ahead(video)) as read:
                 try:
-                    for frames, ids in self._predicted_frames(iterate_ahead(video)):
+                    for frames, ids in self._predicted_frames(read):
                         if target is None:
                             target = VideoWriter(path, frames[0].shape[:2], video.rate, ffmpeg)
                         for frame in zip(frames, ids, strict=True):
@@ -220,7 +223,7 @@ class Run:
                 target.discard()
             raise
         self._expect(done - video.frames)
-        if isinstance(fault, KeyboardInterrupt):
+        if target is not None and isinstance(fault, KeyboardInterrupt):
             tqdm.write(f"{path}: holds the {done} frames that were done", file=sys.stderr)
         if fault is not None:
             raise fault

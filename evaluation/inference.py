@@ -75,7 +75,8 @@ def sliding(model: nn.Module, tile_size: tuple[int, int], tile_batch: int = 4, a
     def predict(images: Tensor, frame: int | None = None) -> Rows:
         size = images.shape[-2], images.shape[-1]
         height, width = (max(sides) for sides in zip(size, tile_size, strict=True))
-        padded = F.pad(images, (0, width - size[1], 0, height - size[0]))
+        fits = (height, width) == size  # padding by nothing would copy
+        padded = images if fits else F.pad(images, (0, width - size[1], 0, height - size[0]))
         corners = [
             (top, left) for top in tile_starts(height, tile_height) for left in tile_starts(width, tile_width)
         ]
@@ -186,11 +187,12 @@ def _logits(model: nn.Module, images: Tensor, frame: int | None, amp: str) -> Te
     images = images.to(device).contiguous(memory_format=memory_format)
     with _autocast(amp, images):
         logits = model(images)["out"]
-    if images.dim() == 5 and frame is not None:
-        logits = logits[frame :: images.shape[2]]  # the network folds frames into the batch
+    if images.dim() == 5 and frame is not None:  # the network folds frames into the batch
+        logits = logits.unflatten(0, (-1, images.shape[2]))[:, frame]
     logits = logits.float()
-    if not logits.sum().isfinite():
-        raise PredictionError("the network's output is not finite; its weights are damaged")
+    if not logits.sum().isfinite() and not logits.isfinite().all():
+        cause = "fp16 may be too narrow for it, bf16 is not" if amp == "fp16" else "its weights are damaged"
+        raise PredictionError(f"the network's output is not finite; {cause}")
     return logits
 
 

@@ -55,7 +55,9 @@ class EvaluationOptions(CheckpointOptions, DataOptions):
     input_size: tuple[int, int] | None = setting(
         None, "tile of the sliding window (default: the training crop)", group="protocol", metavar="H,W"
     )
-    batch_size: int = setting(4, "tiles through the network at once", group="protocol", min=1)
+    batch_size: int = setting(
+        4, "tiles, or frames of them, through the network at once", group="protocol", min=1
+    )
     scales: tuple[float, ...] = setting(
         (1.0,), "factors of the image's size after --fit, 0.75,1,1.25 for one; logits are averaged",
         group="protocol", metavar="S,S,…", exclusive_min=0, max=8,

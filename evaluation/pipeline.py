@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -30,7 +30,7 @@ def read_ahead(
                 future.cancel()
 
 
-def iterate_ahead(items: Iterable[Item], ahead: int = 4) -> Iterator[Item]:
+def iterate_ahead(items: Iterable[Item], ahead: int = 4) -> Generator[Item]:
     """The items of an iterable that a thread goes through, up to ``ahead`` of them early.
 
     An exception of the iterable comes after the items before it.

@@ -64,6 +64,8 @@ def _config_by_shapes(state: dict[str, Tensor]) -> dict[str, Any]:
         values["backbone"] = "resnet18"
     elif "layer3.5.conv3.weight" in state and "layer3.6.conv3.weight" not in state:
         values["backbone"] = "resnet50"
+    elif "layer3.22.conv3.weight" in state and "layer3.23.conv3.weight" not in state:
+        values["backbone"] = "resnet101"
     return values
 
 

@@ -21,7 +21,7 @@ Losses = dict[str, Tensor]  # scalars by the name they are logged with; "loss" i
 class Criterion:
     """loss(out) + aux_weight · cross entropy(aux) + category consistent loss. See ``build_criterion``.
 
-    A subclass with another term overrides ``over`` and adds to the dict that it returns.
+    A subclass with another term overrides ``batch_losses`` and adds to the dict that it returns.
     """
 
     def __init__(

@@ -72,12 +72,16 @@ class Snapshots:
         if not self.best_path.is_file():
             return -1.0
         try:
-            validation = load_checkpoint(self.best_path).get("validation", {})
+            validation = load_checkpoint(self.best_path).get("validation")
         except CheckpointError as error:
             raise CheckpointError(f"{error}; once it is moved away, the run goes on without it") from None
-        if not isinstance(validation.get("mIoU"), float):
+        if not isinstance(validation, dict) or not isinstance(validation.get("mIoU"), float):
             raise CheckpointError(f"{self.best_path}: holds no score of a validation; move it away")
-        then, now = (validation.get("images"), validation.get("fit", fit)), (images, fit)
+        if "images" not in validation:
+            raise CheckpointError(
+                f"{self.best_path}: does not say on which images it was scored; move it away"
+            )
+        then, now = (validation["images"], validation.get("fit", fit)), (images, fit)
         if then != now:
             before, after = (
                 f"on {x} ({f'scaled to {size}' if size else 'not scaled'})" for x, size in (then, now)

@@ -42,6 +42,7 @@ def test_sliding_window(height, width, tile_batch):
     with torch.no_grad():
         logits = full(sliding(model, (33, 33), tile_batch)(images))
         torch.testing.assert_close(logits, eager.in_tiles(model, images, (33, 33)), rtol=1e-5, atol=1e-6)
+    assert max(shape[0] for shape in model.batches) <= max(tile_batch, 2)  # a tile of each image at least
 
 
 def test_published_tiles_of_a_cityscapes_image():
@@ -228,6 +229,35 @@ def test_narrow_inputs_are_in_full_precision_on_a_cpu(width, half, how):
 
     how(Network(), amp="bf16")(torch.zeros(1, 3, 20, width))
     assert set(seen) == {(width, half) if how is whole else (16, False)}
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_bf16_where_it_is_fast(monkeypatch, is_fast):
+    monkeypatch.setattr("evaluation.inference._is_fast_in_bf16", lambda device: is_fast)
+    seen = []
+
+    class Network(nn.Module):
+        def forward(self, images):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return {"out": images}
+
+    whole(Network(), "auto")(torch.zeros(1, 3, 20, 20))
+    assert seen == [is_fast]
+
+
+def test_large_logits_are_finite():
+    """Their sum is not, in fp32."""
+
+    class Network(nn.Module):
+        def forward(self, images):
+            return {"out": images}
+
+    images = torch.full((1, 2, 9, 9), 3e38)
+    assert torch.equal(full(whole(Network())(images)), images)
+    with pytest.raises(PredictionError, match="fp16 may be too narrow"):
+        whole(Network(), "fp16")(images * 10)
+    with pytest.raises(IndexError):
+        whole(Clips(), "off")(torch.zeros(1, 3, 2, 20, 20, dtype=torch.float64), 2)
 
 
 @pytest.mark.parametrize("how", [whole, lambda model: sliding(model, (33, 33))])

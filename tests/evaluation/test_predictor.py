@@ -114,6 +114,26 @@ def test_clips(model, how):
     )  # of its tiles one at a time: a batch is of three pictures
 
 
+@pytest.mark.parametrize("how", [True, False])
+def test_the_precision(model, how):
+    seen = []
+    for amp in ("bf16", "off"):
+        predictor = Predictor(model, "cpu", amp=amp, whole=how, tile_size=(25, 25))
+        predictor.network.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        predictor(picture(25, 25))
+    assert seen == [True, False]
+
+
+def test_all_frames_of_a_clip_count(model, monkeypatch):
+    predictor, asked = Predictor(model, "cpu", batch_size=4), []
+    monkeypatch.setattr(predictor, "goes_whole", lambda pixels: asked.append(pixels) or True)
+    monkeypatch.setattr("evaluation.predictor.available_memory", lambda device: 2 * 800 * 3 * 24 * 32 * 2)
+    shapes = shapes_seen_by(predictor)
+    predictor.predict_batch([np.stack([picture(24, 32)] * 3)] * 3)
+    assert set(asked) == {3 * 24 * 32}
+    assert [shape[0] for shape in shapes] == [2, 1]  # as many as half of the memory allows
+
+
 def test_a_network_of_pictures_takes_no_clips(model, tmp_path):
     """Their frames would attend to each other."""
     torch.save({"model": model.state_dict(), "network": model.config.to_dict()}, tmp_path / "x.pth")
@@ -152,9 +172,11 @@ def test_no_band_is_larger_than_stated(monkeypatch):
             asked.append(bottom - top)
             return super().rows(top, bottom)
 
-    logits = torch.randn(1, 3, 33, 100)
-    assert torch.equal(bands.class_ids(Source(logits)), logits.argmax(1).to(torch.uint8))
-    assert max(asked) == 5
+    for batch, rows in ((1, 5), (2, 2)):
+        logits = torch.randn(batch, 3, 33, 100)
+        asked.clear()
+        assert torch.equal(bands.class_ids(Source(logits)), logits.argmax(1).to(torch.uint8))
+        assert max(asked) == rows
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -251,6 +273,7 @@ def test_what_is_no_picture(model, image):
         {"tile_size": (5, 5, 5)},
         {"fit": "own"},
         {"fit": 0},
+        {"fit": True},
         {"fit": (5,)},
         {"amp": "fp8"},
         {"labels": generic_table(3)},

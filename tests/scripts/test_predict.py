@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 from types import SimpleNamespace
 
 import cv2
@@ -255,19 +256,26 @@ def test_the_frames_of_a_damaged_video_are_kept(predict, tmp_path):
     assert f"{frames} images" in result.out
 
 
-def test_the_frames_of_an_interrupted_video_are_kept(predict, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", [2, 4])  # the first call is of no pictures
+def test_the_frames_of_an_interrupted_video_are_kept(predict, tmp_path, monkeypatch, at):
     write_video(tmp_path / "v.avi", [random_picture(34, 42, seed=seed) for seed in range(40)])
     predict_batch, calls = Predictor.predict_batch, []
 
     def interrupted(self, images):
         calls.append(len(images))
-        if len(calls) == 4:
+        if len(calls) == at:
             os.kill(os.getpid(), signal.SIGTERM)
         return predict_batch(self, images)
 
     monkeypatch.setattr(Predictor, "predict_batch", interrupted)
     result = predict(tmp_path / "v.avi")
     assert result.status == 130
+    # A thread that decodes would abort the interpreter at its end.
+    assert not [thread for thread in threading.enumerate() if type(thread) is threading.Thread]
+    if at == 2:
+        assert "holds the" not in result.error
+        assert not written(tmp_path / "out" / "overlay")
+        return
     assert f"v.mp4: holds the {sum(calls[:3])} frames that were done" in result.error
     assert len(list(VideoReader(tmp_path / "out" / "overlay" / "v.mp4"))) == sum(calls[:3])
     assert [path.name for path in (tmp_path / "out" / "overlay").iterdir()] == ["v.mp4"]

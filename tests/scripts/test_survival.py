@@ -288,10 +288,49 @@ def test_processes_that_would_score_different_images(demo_data, trained, tmp_pat
         options += ("--val-every", 1, "--val-list", "$LIST")
     else:
         options += ("--restore-from", trained, "--output-dir", tmp_path, "--data-list", "$LIST")
+        options += ("--submission", tmp_path / "out.zip")
     environments = [{"LIST": path} for path in lists]
     run = Processes(tmp_path, script, *options, count=2, environments=environments)
     assert run.wait() == [1, 1]
     assert re.search(r"different files: .*3 images, .*, but process 1 has .*2 images, ", run.error(0))
+    assert run.error(1) == ""
+    assert not list(tmp_path.glob(".out.zip*"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "values", "status", "message"),
+    [
+        ("--restore-from", ("0", "1"), 1, "the processes see different files: "),
+        (
+            "--scales",
+            ("1", "0.5,1"),
+            2,
+            "process 1 was started with other settings: scales (1.0,) → (0.5, 1.0)",
+        ),
+    ],
+)
+def test_processes_that_would_score_otherwise(demo_data, trained, tmp_path, flag, values, status, message):
+    """Two checkpoints of one step differ in their weights alone."""
+    contents = load_checkpoint(trained)
+    for name in ("0", "1"):
+        torch.save(contents, tmp_path / name)
+        contents["model"]["head.bottleneck.3.bias"] += 1
+    values = [tmp_path / value if flag == "--restore-from" else value for value in values]
+    options = (
+        "--data-dir",
+        demo_data,
+        "--gpu",
+        "cpu",
+        "--num-workers",
+        0,
+        "--output-dir",
+        tmp_path / "results",
+    )
+    options += ("--restore-from", tmp_path / "0", flag, "$VALUE")
+    environments = [{"VALUE": value} for value in values]
+    run = Processes(tmp_path, "evaluate.py", *options, count=2, environments=environments)
+    assert run.wait() == [status, 1]
+    assert message in run.error(0)
     assert run.error(1) == ""
 
 

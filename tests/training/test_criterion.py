@@ -125,9 +125,9 @@ def test_an_ignored_crop_gives_zero_loss_and_zero_gradients(ohem):
     small, target = sample()
     target[:] = 255
     aux = small.detach().clone().requires_grad_()
-    loss = build_criterion(ohem=ohem)({"out": small, "aux": aux}, target)["loss"]
-    loss.backward()
-    assert loss.item() == 0
+    losses = build_criterion(ohem=ohem)({"out": small, "aux": aux}, target)
+    losses["loss"].backward()
+    assert losses["loss"].item() == losses["kept_pixels"].item() == 0
     assert torch.equal(small.grad, torch.zeros_like(small))
     assert torch.equal(aux.grad, torch.zeros_like(aux))
 

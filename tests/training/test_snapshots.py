@@ -66,6 +66,13 @@ def test_old_ones_go_and_the_best_stays(tmp_path, keep, left):
     other.save_best(contents(5))
     with pytest.raises(CheckpointError, match=r"copy_best.pth: holds no score of a validation"):
         other.best_miou("a")
+    for validation in (None, [0.25], {"mIoU": None}):
+        other.save_best(contents(5, validation=validation))
+        with pytest.raises(CheckpointError, match=r"copy_best.pth: holds no score of a validation"):
+            other.best_miou("a")
+    other.save_best(contents(5, validation={"mIoU": 0.25}))
+    with pytest.raises(CheckpointError, match=r"copy_best.pth: does not say on which images it was scored"):
+        other.best_miou("a")
     other.best_path.unlink()
     assert load_checkpoint(snapshots.best_path)["step"] == 5
     assert newest_or_best(tmp_path).name == "run_9.pth"
