@@ -130,3 +130,11 @@ def test_room_for_those_that_are_kept_is_enough(tmp_path, monkeypatch):
     for step in (1, 2):  # there already, and one of them goes
         (tmp_path / f"run_{step}.pth").touch()
     Snapshots(tmp_path, "run", keep_last=2).prepare(2, True, 1000, 12, best=True)
+
+
+def test_a_new_checkpoint_needs_room_before_old_ones_go(tmp_path, monkeypatch):
+    for step in range(5):
+        (tmp_path / f"run_{step}.pth").touch()
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: module.shutil._ntuple_diskusage(9, 9, 500))
+    with pytest.raises(CheckpointError, match="but 1 checkpoints"):
+        Snapshots(tmp_path, "run", keep_last=2).prepare(9, True, 1000, 12)
