@@ -201,18 +201,7 @@ def check_same_start(evaluation: Evaluation, options: EvaluationOptions, process
     images = fingerprint(evaluation.pairs, options.data_dir)
     files = f"{images}, a checkpoint of step {evaluation.settings['step']} with weights {evaluation.weights}"
     settings = {name: value for name, value in evaluation.settings.items() if name != "checkpoint"}
-    names = (
-        "whole",
-        "scales",
-        "short_sides",
-        "flip",
-        "amp",
-        "ignore_label",
-        "report",
-        "report_images",
-        "save",
-    )
-    settings |= {name: getattr(options, name) for name in names}
+    settings |= options.joint()
     difference = process.find_difference((files, settings))
     if difference is None:
         return

@@ -103,3 +103,9 @@ class EvaluationOptions(CheckpointOptions, DataOptions):
             raise UsageError("--short-sides and --scales exclude each other")
         if self.short_sides and self.fit:
             raise UsageError("--short-sides and --fit exclude each other")
+
+    def joint(self) -> dict[str, object]:
+        """What must be the same in all processes, beside what the checkpoint may decide."""
+        protocol = ("whole", "scales", "short_sides", "flip", "amp", "ignore_label")
+        results = ("save", "report", "report_images", "submission")
+        return {name: getattr(self, name) for name in (*protocol, *results)}
