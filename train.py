@@ -136,6 +136,8 @@ def train(run: Run) -> None:
     if run.data.validation:
         run.find_best()
     batches = run.batches()
+    if options.compile:
+        libs.prepare_to_compile(run.step.network)
     run.step.wrap_model(options.compile)
     window, freed_memory = LossWindow(process, recipe.batch_size), FreedMemory()
     done = saved = first_step

@@ -1,7 +1,15 @@
 """Batch normalisation with its activation: ABN, In-Place ABN and synchronised In-Place ABN."""
 
 from libs.conversion import activation_of, fold, freeze, replace_by_batch_norm, to_batch_norm
-from libs.modules import ABN, InPlaceABN, InPlaceABNSync, abort, keep_statistics, norm_relu
+from libs.modules import (
+    ABN,
+    InPlaceABN,
+    InPlaceABNSync,
+    abort,
+    keep_statistics,
+    norm_relu,
+    prepare_to_compile,
+)
 from libs.ops import backend
 
 __all__ = [
@@ -15,6 +23,7 @@ __all__ = [
     "freeze",
     "keep_statistics",
     "norm_relu",
+    "prepare_to_compile",
     "replace_by_batch_norm",
     "to_batch_norm",
 ]

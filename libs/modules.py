@@ -165,6 +165,8 @@ class InPlaceABN(ABN):
     def _run_in_place(
         self, x: Tensor, shortcut: Tensor | None, activation: str, sync_group: SyncGroup | None
     ) -> Any:
+        if torch.compiler.is_compiling():
+            x = x.clone()  # PyTorch loses the gradient of an input that a compiled function overwrites
         settings = Settings(
             self.running_mean,
             self.running_var,
@@ -363,6 +365,20 @@ def keep_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, momentum in layers:
             layer.momentum = momentum
+
+
+def prepare_to_compile(network: nn.Module) -> None:
+    """What a compiler cannot trace of InPlaceABNSync; to be called in all processes before it compiles.
+
+    The processes compare their layers' channels, and make the group of these layers. Without it a compiled
+    network has the same numbers.
+
+    Raises:
+        ValueError: on every process, if their layers differ in channels.
+    """
+    for layer in network.modules():
+        if isinstance(layer, InPlaceABNSync) and isinstance(group := layer.sync_group(), Processes):
+            group.compare_channels(layer.running_mean.device)
 
 
 def abort(network: nn.Module, error: BaseException) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 
 class Processes:
@@ -32,14 +31,14 @@ class Processes:
         Raises:
             ValueError: on every process, if their layers differ in channels.
         """
-        if not self._agreed:  # vectors of unequal length would break the collective: compare once per layer
-            self._compare_channels(vector.device)
+        # Vectors of unequal length would break the collective: compare once per layer. A compiler that traces
+        # would gather the constant for real, as often as it traces, which depends on each process's caches.
+        if not self._agreed and not torch.compiler.is_compiling():
+            self.compare_channels(vector.device)
         return self._all_gather(vector)
 
-    # While the compiler traces it, the constant is gathered for real. How often it is traced depends on the
-    # caches of a process, so processes got out of step. (torch.compiler.disable imports Dynamo here.)
-    @_disable_dynamo
-    def _compare_channels(self, device: torch.device) -> None:
+    def compare_channels(self, device: torch.device) -> None:
+        """Raise ValueError on every process, if their layers differ in channels."""
         counts = self._all_gather(torch.tensor([self.channels], device=device)).flatten().tolist()
         if len(set(counts)) > 1:
             raise ValueError(
@@ -66,11 +65,14 @@ _own_groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" =
 def own_group() -> dist.ProcessGroup:
     """A group of all processes for synchronised layers alone, made by the first exchange.
 
-    In the default group a layer's few numbers would queue behind buckets of gradients.
+    In the default group a layer's few numbers would queue behind buckets of gradients. A compiler that traces
+    the first exchange gets it all the same, since it cannot make groups.
     """
     default = dist.group.WORLD
     assert default is not None  # there are several processes
     if default not in _own_groups:
+        if torch.compiler.is_compiling():
+            return default
         _own_groups[default] = dist.new_group()
     return _own_groups[default]
 
