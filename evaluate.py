@@ -68,30 +68,27 @@ def main() -> None:
     options = parse_options(EvaluationOptions, __doc__)
     if "," in options.gpu:
         raise UsageError(f"--gpu {options.gpu}: evaluation takes one GPU for each process; use torchrun")
-    with process_group(options.gpu) as process:
+    with process_group(options.gpu) as process, ExitStack() as stack:
         with process.all_or_none():
-            evaluation = build(options, process)
+            evaluation = build(options, process, stack)
+        check_same_start(evaluation, options, process)
         submission, reports = evaluation.submission, evaluation.reports
-        with ExitStack() as stack:
+        began = time.perf_counter()
+        with process.all_or_none():
+            bar = tqdm(
+                evaluation.loaded, total=evaluation.num_images, unit="image", disable=not process.is_main
+            )
+            count_predictions(evaluation.predict, bar, evaluation.matrix, process, evaluation.save)
             if submission is not None:
-                stack.callback(submission.remove_parts)
-            check_same_start(evaluation, options, process)
-            began = time.perf_counter()
-            with process.all_or_none():
-                bar = tqdm(
-                    evaluation.loaded, total=evaluation.num_images, unit="image", disable=not process.is_main
-                )
-                count_predictions(evaluation.predict, bar, evaluation.matrix, process, evaluation.save)
-                if submission is not None:
-                    submission.close()
-            seconds = time.perf_counter() - began
-            evaluation.matrix.add_processes(process)
-            if reports is not None:
-                for others in process.all_gather_object([*reports.worst, *reports.best]):
-                    reports.add(others)
-            with process.all_or_none():
-                if process.is_main:
-                    write_results(evaluation, options, seconds)
+                submission.close()
+        seconds = time.perf_counter() - began
+        evaluation.matrix.add_processes(process)
+        if reports is not None:
+            for others in process.all_gather_object([*reports.worst, *reports.best]):
+                reports.add(others)
+        with process.all_or_none():
+            if process.is_main:
+                write_results(evaluation, options, seconds)
 
 
 @dataclass
@@ -99,7 +96,7 @@ class Evaluation:
     """A network, the samples that this process predicts, and where the counts go."""
 
     settings: dict[str, Any]  # for metrics.json
-    weights: str  # a hash, where there are processes to compare it with
+    checkpoint: str  # a hash of the file, where there are processes to compare it with
     spec: DatasetSpec
     pairs: list[Pair]
     num_images: int  # images of this process
@@ -113,8 +110,8 @@ class Evaluation:
     other: tuple[str, dict[str, Any]] | None  # to compare with
 
 
-def build(options: EvaluationOptions, process: Process) -> Evaluation:
-    """Checkpoint, data and network of a command line."""
+def build(options: EvaluationOptions, process: Process, stack: ExitStack) -> Evaluation:
+    """Checkpoint, data and network of a command line; ``stack`` removes what is of no use afterwards."""
     if options.recipe:
         find_recipe(options.recipe)  # for what its module registers
     path = find_checkpoint(options.restore_from)
@@ -136,7 +133,6 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
     metrics_file = prepare_output(options.output_dir)
 
     # Normalisation costs nothing once it is part of the convolutions.
-    weights = hash_of_weights(model) if process.world_size > 1 else ""
     network = fold_norms(model).to(process.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     tile_size = options.input_size or trained.crop
@@ -156,6 +152,7 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
     submission = reports = None
     if options.submission:
         submission = Submission(options.submission, spec.labels, process.rank, process.world_size)
+        stack.callback(submission.remove_parts)
     if options.report:
         reports = ImageReports(options.report_images, spec.labels, spec.ignore_label, normalization)
     writer = prediction_writer(options.output_dir, spec.labels, normalization) if options.save else None
@@ -168,7 +165,7 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
             "step": trained.step,
             "clip": clip,
         },
-        weights=weights,
+        checkpoint=hash_of(path) if process.world_size > 1 else "",
         spec=spec,
         pairs=pairs,
         num_images=len(share),
@@ -183,24 +180,23 @@ def build(options: EvaluationOptions, process: Process) -> Evaluation:
     )
 
 
-def hash_of_weights(model: nn.Module) -> str:
-    """Of all parameters and buffers, bit by bit."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:12]
+def hash_of(path: Path) -> str:
+    """The first digits of a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def check_same_start(evaluation: Evaluation, options: EvaluationOptions, process: Process) -> None:
-    """All processes, perhaps on several machines, must see the same images and weights, and score alike.
+    """All processes, perhaps on several machines, must see the same images and checkpoint, and score alike.
 
     Raises:
         DataError: in the main process, if files differ; PeerError in the others.
         UsageError: likewise, if settings differ.
     """
     images = fingerprint(evaluation.pairs, options.data_dir)
-    files = f"{images}, a checkpoint of step {evaluation.settings['step']} with weights {evaluation.weights}"
+    files = f"{images}, checkpoint {evaluation.checkpoint}"
     settings = {name: value for name, value in evaluation.settings.items() if name != "checkpoint"}
+    settings |= {"dataset": evaluation.spec.name, "ignore_label": evaluation.spec.ignore_label}
     settings |= options.joint()
     difference = process.find_difference((files, settings))
     if difference is None:

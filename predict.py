@@ -204,7 +204,7 @@ class Run:
 
         done = 0
         try:
-            # The reader's thread must have ended before the interpreter does, whatever holds the error.
+            # An error's traceback keeps the reader alive, whose thread must end before the interpreter does.
             with Background() as writer, closing(iterate_ahead(video)) as read:
                 try:
                     for frames, ids in self._predicted_frames(read):

@@ -2,8 +2,8 @@
 
     python benchmarks/reach.py [--steps 800] [--seeds 1,2,3]
 
-A head alone is trained on maps of noise (16×16 positions) in one of which, at random, a mark and one of four
-classes stand; every position shall say that class. A head's three 3×3 convolutions carry it 3 positions
+A head alone is trained on maps of noise, 16×16 positions. At one random position of each stand a mark and one
+of four classes, and every position shall say that class. A head's three 3×3 convolutions carry it 3 positions
 far, one round of attention along the rows and columns that they reach, two rounds everywhere. The table has
 the share of right answers on maps not seen in training, by where the position lies from the mark; chance is
 0.25.

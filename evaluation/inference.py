@@ -1,7 +1,7 @@
 """From images of any size to logits at their size: whole, in sliding windows, at several scales, flipped.
 
-The network runs when a prediction is asked for; its logits, at an eighth of the size, are enlarged when rows
-of them are (``evaluation.bands``), so full-size logits of all classes are never held.
+The network's logits, at an eighth of the size, are enlarged when somebody asks for rows of them, a band at a
+time (``evaluation.bands``): full-size logits of all classes are never held.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,7 +66,7 @@ def sliding(model: nn.Module, tile_size: tuple[int, int], tile_batch: int = 4, a
     Args:
         model: the network in evaluation mode. A batch of tiles at a time moves to its device.
         tile_size: (height, width); a smaller image is padded with 0, the mean colour, right and below.
-        tile_batch: tiles, or frames of them, that go through the network together.
+        tile_batch: tiles, or frames of them, that go through the network at once, at least one of each image.
         amp: as for ``whole``.
     """
     aligned = getattr(model, "align_corners", True)
@@ -188,11 +188,11 @@ def _logits(model: nn.Module, images: Tensor, frame: int | None, amp: str) -> Te
     with _autocast(amp, images):
         logits = model(images)["out"]
     if images.dim() == 5 and frame is not None:  # the network folds frames into the batch
-        logits = logits.unflatten(0, (-1, images.shape[2]))[:, frame]
+        logits = logits.unflatten(0, (-1, images.shape[2]))[:, frame].contiguous()  # without the other frames
     logits = logits.float()
     if not logits.sum().isfinite() and not logits.isfinite().all():
-        cause = "fp16 may be too narrow for it, bf16 is not" if amp == "fp16" else "its weights are damaged"
-        raise PredictionError(f"the network's output is not finite; {cause}")
+        fp16 = ", or fp16 is too narrow for it (bf16 is not)" if amp == "fp16" else ""
+        raise PredictionError(f"the network's output is not finite; its weights are damaged{fp16}")
     return logits
 
 

@@ -106,6 +106,6 @@ class EvaluationOptions(CheckpointOptions, DataOptions):
 
     def joint(self) -> dict[str, object]:
         """What must be the same in all processes, beside what the checkpoint may decide."""
-        protocol = ("whole", "scales", "short_sides", "flip", "amp", "ignore_label")
+        protocol = ("whole", "scales", "short_sides", "flip", "amp")
         results = ("save", "report", "report_images", "submission")
         return {name: getattr(self, name) for name in (*protocol, *results)}

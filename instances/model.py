@@ -89,8 +89,7 @@ class Recurrent(nn.Module):
         out = x
         for _ in range(self.recurrence):
             out = super().forward(out)
-        # The attention is channels-last; what follows stays in the layout of the rest of the network.
-        return out.contiguous() if x.is_contiguous() else out
+        return out
 
 
 class RecurrentCrissCross(Recurrent, CrissCrossAttention):

@@ -216,9 +216,10 @@ def check_room(directory: Path, checkpoint_bytes: int, count: int) -> None:
             probe.unlink()
     free = shutil.disk_usage(directory).free
     if free < count * checkpoint_bytes:
+        to_come = "1 checkpoint" if count == 1 else f"{count} checkpoints"
         raise CheckpointError(
-            f"{directory}: {_megabytes(free)} free, but {count} checkpoints of "
-            f"{_megabytes(checkpoint_bytes)} are to come; make room or see --save-pred-every and --keep-last"
+            f"{directory}: {_megabytes(free)} free, to come: {to_come} of "
+            f"{_megabytes(checkpoint_bytes)}; make room or see --save-pred-every and --keep-last"
         )
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from evaluation import bands
 from evaluation.bands import Stored
 from evaluation.inference import PredictionError, multi_scale, short_sides, sliding, whole
-from tests.evaluation import eager
+from tests.evaluation import written_out
 
 
 class Local(nn.Module):
@@ -41,7 +41,9 @@ def test_sliding_window(height, width, tile_batch):
     model, images = Local(), torch.randn(2, 3, height, width, dtype=torch.float64)
     with torch.no_grad():
         logits = full(sliding(model, (33, 33), tile_batch)(images))
-        torch.testing.assert_close(logits, eager.in_tiles(model, images, (33, 33)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            logits, written_out.in_tiles(model, images, (33, 33)), rtol=1e-5, atol=1e-6
+        )
     assert max(shape[0] for shape in model.batches) <= max(tile_batch, 2)  # a tile of each image at least
 
 
@@ -56,7 +58,7 @@ def test_tiles_need_not_be_square():
     model, image = Local(), torch.randn(1, 3, 30, 90, dtype=torch.float64)
     with torch.no_grad():
         logits = full(sliding(model, (17, 41))(image))
-        torch.testing.assert_close(logits, eager.in_tiles(model, image, (17, 41)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(logits, written_out.in_tiles(model, image, (17, 41)), rtol=1e-5, atol=1e-6)
         small = image[..., :10, :30]
         padded = F.pad(small, (0, 11, 0, 7))  # to a tile's size
         expected = full(whole(model)(padded))[..., :10, :30]
@@ -66,7 +68,7 @@ def test_tiles_need_not_be_square():
 
 def test_whole_image():
     model, image = Local(), torch.randn(2, 3, 21, 34, dtype=torch.float64)
-    expected = eager.at_full_size(model, image)
+    expected = written_out.at_full_size(model, image)
     torch.testing.assert_close(full(whole(model)(image)), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -76,12 +78,16 @@ def test_bands_of_all_views(how):
     model, images = Local(), torch.randn(2, 3, 39, 50, dtype=torch.float64)
 
     def predict(view):
-        return eager.at_full_size(model, view) if how is whole else eager.in_tiles(model, view, (17, 33))
+        return (
+            written_out.at_full_size(model, view)
+            if how is whole
+            else written_out.in_tiles(model, view, (17, 33))
+        )
 
     with torch.no_grad():
         logits = multi_scale(how(model), (0.6, 1, 1.3), flip=True, mirror_pairs=[(0, 2)])(images)
         got = torch.cat([logits.rows(top, min(top + 7, 39)) for top in range(0, 39, 7)], dim=2)
-        expected = eager.averaged(predict, images, (0.6, 1, 1.3), flip=True, swapped=[(0, 2)])
+        expected = written_out.averaged(predict, images, (0.6, 1, 1.3), flip=True, swapped=[(0, 2)])
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -254,10 +260,19 @@ def test_large_logits_are_finite():
 
     images = torch.full((1, 2, 9, 9), 3e38)
     assert torch.equal(full(whole(Network())(images)), images)
-    with pytest.raises(PredictionError, match="fp16 may be too narrow"):
-        whole(Network(), "fp16")(images * 10)
-    with pytest.raises(IndexError):
-        whole(Clips(), "off")(torch.zeros(1, 3, 2, 20, 20, dtype=torch.float64), 2)
+
+
+def test_a_frame_that_a_clip_does_not_have():
+    with torch.no_grad(), pytest.raises(IndexError):
+        whole(Clips())(torch.zeros(1, 3, 2, 20, 20, dtype=torch.float64), 2)
+
+
+def test_what_overflows_in_fp16():
+    model, images = Local().float(), torch.full((1, 3, 20, 20), 1e6)
+    with torch.no_grad():
+        assert full(whole(model)(images)).isfinite().all()
+        with pytest.raises(PredictionError, match=r"damaged, or fp16 is too narrow for it \(bf16 is not\)"):
+            whole(model, "fp16")(images)
 
 
 @pytest.mark.parametrize("how", [whole, lambda model: sliding(model, (33, 33))])

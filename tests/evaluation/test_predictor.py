@@ -14,7 +14,7 @@ from evaluation.checkpoint import CITYSCAPES, TrainedOn, labels_of, trained_on
 from evaluation.inference import PredictionError
 from evaluation.predictor import available_memory
 from networks import build_model
-from tests.evaluation import eager
+from tests.evaluation import written_out
 from utils.checkpoint import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,11 +67,13 @@ def test_classes_are_those_of_the_test_protocol(model, monkeypatch, size, how, s
 
     def predict(view):
         network = predictor.network
-        return eager.at_full_size(network, view) if how else eager.in_tiles(network, view, (33, 41))
+        return (
+            written_out.at_full_size(network, view) if how else written_out.in_tiles(network, view, (33, 41))
+        )
 
     with torch.inference_mode():
         inputs = torch.from_numpy(predictor.normalization(image))[None]
-        logits = eager.averaged(predict, inputs, scales, flip, TABLE.mirror_pairs)
+        logits = written_out.averaged(predict, inputs, scales, flip, TABLE.mirror_pairs)
     assert_same_classes(ids, logits)
 
 
@@ -106,7 +108,7 @@ def test_clips(model, how):
     for frame in range(3):
         with torch.inference_mode():
             logits = predictor.network(inputs[None])["out"][frame : frame + 1]
-            assert_same_classes(ids[frame], eager.resized(logits, (25, 25)))
+            assert_same_classes(ids[frame], written_out.resized(logits, (25, 25)))
     shapes = shapes_seen_by(predictor)
     predictor(np.stack([picture(25, 60)] * 3))
     assert [shape[0] for shape in shapes] == (

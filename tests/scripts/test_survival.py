@@ -301,31 +301,18 @@ def test_processes_that_would_score_different_images(demo_data, trained, tmp_pat
     ("flag", "values", "status", "message"),
     [
         ("--restore-from", ("0", "1"), 1, "the processes see different files: "),
-        (
-            "--scales",
-            ("1", "0.5,1"),
-            2,
-            "process 1 was started with other settings: scales (1.0,) → (0.5, 1.0)",
-        ),
+        ("--scales", ("1", "0.5,1"), 2, "other settings: scales (1.0,) → (0.5, 1.0)"),
+        ("--report", ("yes", "no"), 2, "other settings: report True → False"),
     ],
 )
 def test_processes_that_would_score_otherwise(demo_data, trained, tmp_path, flag, values, status, message):
-    """Two checkpoints of one step differ in their weights alone."""
+    """Other weights at the same step, another protocol, or a report that only one would gather."""
     contents = load_checkpoint(trained)
     for name in ("0", "1"):
         torch.save(contents, tmp_path / name)
         contents["model"]["head.bottleneck.3.bias"] += 1
     values = [tmp_path / value if flag == "--restore-from" else value for value in values]
-    options = (
-        "--data-dir",
-        demo_data,
-        "--gpu",
-        "cpu",
-        "--num-workers",
-        0,
-        "--output-dir",
-        tmp_path / "results",
-    )
+    options = ("--data-dir", demo_data, "--gpu", "cpu", "--num-workers", 0, "--output-dir", tmp_path)
     options += ("--restore-from", tmp_path / "0", flag, "$VALUE")
     environments = [{"VALUE": value} for value in values]
     run = Processes(tmp_path, "evaluate.py", *options, count=2, environments=environments)

@@ -28,7 +28,7 @@ def test_room_is_checked_for_all_checkpoints_to_come(tmp_path, monkeypatch):
     check_room(tmp_path / "new" / "folder", 1000, 3)
     assert list((tmp_path / "new" / "folder").iterdir()) == []
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: module.shutil._ntuple_diskusage(9, 9, 2500))
-    with pytest.raises(CheckpointError, match="but 3 checkpoints"):
+    with pytest.raises(CheckpointError, match="to come: 3 checkpoints"):
         check_room(tmp_path, 1000, 3)
 
 
@@ -123,9 +123,9 @@ def test_what_a_kill_left_goes(tmp_path):
 def test_room_for_those_that_are_kept_is_enough(tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: module.shutil._ntuple_diskusage(9, 9, 3500))
     Snapshots(tmp_path, "run", keep_last=2).prepare(0, False, 1000, 12)
-    with pytest.raises(CheckpointError, match="but 12 checkpoints"):
+    with pytest.raises(CheckpointError, match="to come: 12 checkpoints"):
         Snapshots(tmp_path, "run").prepare(0, False, 1000, 12)
-    with pytest.raises(CheckpointError, match="but 4 checkpoints"):
+    with pytest.raises(CheckpointError, match="to come: 4 checkpoints"):
         Snapshots(tmp_path, "run", keep_last=2).prepare(0, False, 1000, 12, best=True)
     for step in (1, 2):  # there already, and one of them goes
         (tmp_path / f"run_{step}.pth").touch()
@@ -136,5 +136,5 @@ def test_a_new_checkpoint_needs_room_before_old_ones_go(tmp_path, monkeypatch):
     for step in range(5):
         (tmp_path / f"run_{step}.pth").touch()
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: module.shutil._ntuple_diskusage(9, 9, 500))
-    with pytest.raises(CheckpointError, match="but 1 checkpoints"):
+    with pytest.raises(CheckpointError, match="to come: 1 checkpoint of"):
         Snapshots(tmp_path, "run", keep_last=2).prepare(9, True, 1000, 12)
