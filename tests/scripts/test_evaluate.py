@@ -281,6 +281,7 @@ def test_the_classes_of_a_list_are_the_networks(call, list_data, tmp_path):
     torch.save(build_model(backbone="resnet18", num_classes=3).state_dict(), tmp_path / "plain.pth")
     data = ("--data-dir", list_data, "--dataset", "list", "--data-list", list_data / "train.lst")
     result = call(
-        "evaluate.py", *data, "--restore-from", tmp_path / "plain.pth", "--output-dir", tmp_path, *QUIET
-    )
+        "evaluate.py", *data, "--restore-from", tmp_path / "plain.pth", "--output-dir", tmp_path, *QUIET,
+        "--input-size", "49,57",
+    )  # fmt: skip
     assert result.status == 0, result.error
