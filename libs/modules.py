@@ -292,7 +292,7 @@ class InPlaceABNSync(InPlaceABN):
     statistics in a group of these layers' own, which does not queue behind DDP's gradients. A process outside
     ``process_group`` is alone. The parts may differ in size, not in the order of layers: under
     nn.DataParallel let each replica end in one loss, or autograd may enter several heads in another order on
-    each device.
+    each device. Call ``prepare_to_compile`` before torch.compile, where the layer works out of place.
 
     Raises (in ``forward``, in addition):
         ValueError: an empty part, or processes that disagree on the number of channels.

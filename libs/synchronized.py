@@ -65,8 +65,8 @@ _own_groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" =
 def own_group() -> dist.ProcessGroup:
     """A group of all processes for synchronised layers alone, made by the first exchange.
 
-    In the default group a layer's few numbers would queue behind buckets of gradients. A compiler that traces
-    the first exchange gets it all the same, since it cannot make groups.
+    In the default group a layer's few numbers would queue behind buckets of gradients. It serves all the same
+    where a compiler traces the first exchange, for that cannot make a group (see ``prepare_to_compile``).
     """
     default = dist.group.WORLD
     assert default is not None  # there are several processes
