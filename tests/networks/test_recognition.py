@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from networks import HEADS, NetworkConfig, build_model, load_model
+from networks.recognition import told_by
 from networks.resnet import STEMS
 from utils.checkpoint import CheckpointError
 
@@ -80,3 +81,10 @@ def test_the_head_of_a_state_dict_is_told_by_its_names(tmp_path, model):
     loaded, config = load_model(tmp_path / "plain.pth")
     assert (config.model, config.num_classes) == (model, 3)
     assert type(loaded.head) is type(network.head)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnet101"])
+def test_backbones_are_told_by_their_blocks(backbone):
+    with torch.device("meta"):
+        state = build_model(backbone=backbone).state_dict()
+    assert told_by({}, state)["backbone"] == backbone
