@@ -8,7 +8,6 @@ from utils import startup
 
 startup.prepare()  # before imports that take seconds
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -61,7 +60,8 @@ from training.snapshots import find_checkpoint
 from utils.arguments import OutputError, UsageError, parse_options, run_script
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.distributed import Process, process_group
-from utils.files import write_atomically
+from utils.fields import describe_differences
+from utils.files import sha256_of, write_atomically
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ class Evaluation:
     """A network, the samples that this process predicts, and where the counts go."""
 
     settings: dict[str, Any]  # for metrics.json
-    checkpoint: str  # a hash of the file, where there are processes to compare it with
+    checkpoint_hash: str  # where there are processes to compare it with
     spec: DatasetSpec
     pairs: list[Pair]
     num_images: int  # images of this process
@@ -165,7 +165,7 @@ def build(options: EvaluationOptions, process: Process, stack: ExitStack) -> Eva
             "step": trained.step,
             "clip": clip,
         },
-        checkpoint=hash_of(path) if process.world_size > 1 else "",
+        checkpoint_hash=sha256_of(path)[:12] if process.world_size > 1 else "",
         spec=spec,
         pairs=pairs,
         num_images=len(share),
@@ -180,12 +180,6 @@ def build(options: EvaluationOptions, process: Process, stack: ExitStack) -> Eva
     )
 
 
-def hash_of(path: Path) -> str:
-    """The first digits of a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
-
-
 def check_same_start(evaluation: Evaluation, options: EvaluationOptions, process: Process) -> None:
     """All processes, perhaps on several machines, must see the same images and checkpoint, and score alike.
 
@@ -194,7 +188,7 @@ def check_same_start(evaluation: Evaluation, options: EvaluationOptions, process
         UsageError: likewise, if settings differ.
     """
     images = fingerprint(evaluation.pairs, options.data_dir)
-    files = f"{images}, checkpoint {evaluation.checkpoint}"
+    files = f"{images}, checkpoint {evaluation.checkpoint_hash}"
     settings = {name: value for name, value in evaluation.settings.items() if name != "checkpoint"}
     settings |= {"dataset": evaluation.spec.name, "ignore_label": evaluation.spec.ignore_label}
     settings |= options.joint()
@@ -207,8 +201,8 @@ def check_same_start(evaluation: Evaluation, options: EvaluationOptions, process
             f"the processes see different files: {here}, but process {rank} has {there}; "
             "all machines must see the same --data-dir and --restore-from"
         )
-    differ = [f"{name} {value} → {other[name]}" for name, value in own.items() if value != other[name]]
-    raise UsageError(f"process {rank} was started with other settings: {', '.join(differ)}")
+    differ = ", ".join(describe_differences(own, other))
+    raise UsageError(f"process {rank} was started with other settings: {differ}")
 
 
 def find_samples(

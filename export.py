@@ -7,7 +7,6 @@ from utils import startup
 
 startup.prepare()  # before imports that take seconds
 
-import hashlib
 import importlib
 import io
 import json
@@ -36,6 +35,7 @@ from training.snapshots import find_checkpoint
 from utils.arguments import OutputError, UsageError, parse_options, run_script
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.fields import REQUIRED, setting
+from utils.files import sha256_of
 
 OPSET = 18  # onnxruntime takes it since version 1.14; files have IR version 10, which 1.18 reads
 CHECKED_SIZES = ((1, 97, 161), (2, 136, 184))  # batch, height, width; the network is traced at another
@@ -162,8 +162,6 @@ def classes_of(
 
 def metadata(config: NetworkConfig, labels: LabelTable, path: Path, full: bool, fit: Fit) -> dict[str, str]:
     """What a user of the file must know, as texts; lists are JSON."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     values: dict[str, Any] = {
         "class_names": labels.names,
         "colours": labels.palette,
@@ -173,7 +171,7 @@ def metadata(config: NetworkConfig, labels: LabelTable, path: Path, full: bool, 
         "input": "RGB (B,H,W,3) uint8" if full else "(channel - mean) / std, (B,3,H,W) float32",
         "output": "class ids (B,H,W) uint8" if full else "logits (B,N,~H/8,~W/8) float32",
         "checkpoint": path.name,
-        "checkpoint_sha256": digest,
+        "checkpoint_sha256": sha256_of(path),
     }
     return {
         name: x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for name, x in values.items()

@@ -136,15 +136,15 @@ def main() -> None:
     )
     if options.attention is not None:
         attention_layer(predictor)  # or an error
-    run = Run(options, predictor)
-    if options.attention is not None:
         prepare_folder(options.output_dir, ("attention",))
+        run = Run(options, predictor)
         with run.bar:
             run.show_attention(files, point)
         run.finish(len(files), "attention")
         return
     prepare_folder(options.output_dir, ("colour", "ids", "overlay"))
     write_legend(options.output_dir / LEGEND, predictor.labels)
+    run = Run(options, predictor)
     with run.bar:
         run.predict_pictures([file for file in files if not file.is_video])
         run.predict_videos([file for file in files if file.is_video])

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from dataset import LONGEST_SIDE, short_side_size
 from evaluation.bands import Mean, Mirrored, Resized, Rows, Stored, Tiled
+from utils.checkpoint import is_finite
 
 # What images are scaled to before they are predicted, their proportions kept: (height, width) into which they
 # are fitted, or their short side (the long one is at most LONGEST_SIDE); None: they keep their size.
@@ -190,7 +191,7 @@ def _logits(model: nn.Module, images: Tensor, frame: int | None, amp: str) -> Te
     if images.dim() == 5 and frame is not None:  # the network folds frames into the batch
         logits = logits.unflatten(0, (-1, images.shape[2]))[:, frame].contiguous()  # without the other frames
     logits = logits.float()
-    if not logits.sum().isfinite() and not logits.isfinite().all():
+    if not is_finite(logits):
         fp16 = ", or fp16 is too narrow for it (bf16 is not)" if amp == "fp16" else ""
         raise PredictionError(f"the network's output is not finite; its weights are damaged{fp16}")
     return logits

@@ -17,7 +17,7 @@ from training.category_loss import KINDS
 from training.criterion import CRITERIA
 from training.schedule import SCHEDULES
 from utils.arguments import MAX_SIDE, UsageError, flag_of, format_value
-from utils.fields import check_fields, from_dict, setting, to_dict
+from utils.fields import check_fields, describe_differences, from_dict, setting, to_dict
 
 # The dtype that convolutions and attention compute in.
 PRECISIONS: dict[str, torch.dtype | None] = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -248,16 +248,5 @@ def recipe_from_dict(values: Mapping[str, Any], network: NetworkConfig) -> Recip
 
 def describe_changes(before: Recipe, now: Recipe) -> list[str]:
     """The fields in which two recipes differ, as "name before → now"."""
-    pairs = [
-        (left.items(), right)
-        for left, right in (
-            (before.network.to_dict(), now.network.to_dict()),
-            (recipe_to_dict(before), recipe_to_dict(now)),
-        )
-    ]
-    return [
-        f"{name} {value} → {other[name]}"
-        for items, other in pairs
-        for name, value in items
-        if other[name] != value
-    ]
+    networks = describe_differences(before.network.to_dict(), now.network.to_dict())
+    return networks + describe_differences(recipe_to_dict(before), recipe_to_dict(now))

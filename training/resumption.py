@@ -22,7 +22,7 @@ from utils.checkpoint import (
     set_random_state,
 )
 from utils.distributed import Process
-from utils.fields import UnknownChoiceError
+from utils.fields import UnknownChoiceError, describe_differences
 
 NEEDED = {"model", "optimizer", "step", "random_states"}
 
@@ -217,8 +217,5 @@ def check_same_start(
             f"the processes would start from different files: {files}, but process {rank} has "
             f"{other_files}; all machines must see the same --data-dir and --snapshot-dir"
         )
-    differ = describe_changes(recipe, other_recipe)
-    differ += [
-        f"{name} {x} → {other_options[name]}" for name, x in options.items() if x != other_options[name]
-    ]
+    differ = describe_changes(recipe, other_recipe) + describe_differences(options, other_options)
     raise UsageError(f"process {rank} was started with other settings: {', '.join(differ)}")

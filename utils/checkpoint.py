@@ -252,8 +252,13 @@ def _is_plain(value: Tensor, own: Tensor) -> bool:
 
 
 def not_finite(state: dict[str, Tensor]) -> list[str]:
-    """The entries that hold NaN or infinity; one with a finite sum, which is faster to have, does not."""
-    return [name for name, x in state.items() if not (bool(x.sum().isfinite()) or bool(x.isfinite().all()))]
+    """The entries that hold NaN or infinity."""
+    return [name for name, x in state.items() if not is_finite(x)]
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether all numbers are; a finite sum, which is much faster to have, says so."""
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

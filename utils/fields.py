@@ -154,6 +154,11 @@ def _has_type(value: Any, kind: Any) -> bool:
     return not isinstance(kind, type) or isinstance(value, kind)
 
 
+def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names that have other values, as "name before → now"; both have the same names."""
+    return [f"{name} {value} → {now[name]}" for name, value in before.items() if now[name] != value]
+
+
 def _describe(kind: Any) -> str:
     members = _members(kind)
     if len(members) > 1:

@@ -1,5 +1,6 @@
-"""Small files that are written whole or not at all."""
+"""Small files that are written whole or not at all, and hashes of large ones."""
 
+import hashlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,3 +21,9 @@ def write_atomically(path: Path, text: str) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's contents, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
