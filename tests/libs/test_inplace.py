@@ -1,10 +1,6 @@
 """In-Place ABN: its gradients, what it overwrites, and what it refuses."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +8,9 @@ from torch import nn
 
 import libs
 from libs import ABN, InPlaceABN, ops
-from libs.native import KERNELS
 
 ACTIVATIONS = ("leaky_relu", "elu", "identity")
 SHAPES = [(3, 5, 7, 9), (2, 5, 1, 1), (1, 5, 3, 4), (4, 5, 11), (6, 5), (2, 5, 2, 3, 4), (2, 37, 19, 23)]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def layers(channels, activation="leaky_relu", affine=True, dtype=torch.float64):
@@ -338,55 +332,11 @@ def test_opcheck(step, channels_last):
     torch.library.opcheck(getattr(torch.ops.libs, step), arguments[step], test_utils=tests)
 
 
-@pytest.mark.parametrize("kernels", ["avx2", "baseline", "none"])
-def test_every_implementation(kernels):
-    if ops.implementation("cpu") == f"C++, {kernels.upper()}":
-        pytest.skip("it serves here: this process has tested it")
-    if KERNELS.why_unusable() is not None:
-        pytest.skip(KERNELS.why_unusable())
-    wish = {"LIBS_KERNELS": kernels}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        [*command, "-k", "not every_implementation"],
-        cwd=ROOT, env=os.environ | wish, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout
-
-
 @pytest.mark.parametrize("implementation", ["compiled", "PyTorch"])
 def test_a_misspelt_activation_is_refused(implementation):
     normalize = torch.ops.libs.normalize_ if implementation == "compiled" else ops.normalize_
     with pytest.raises((RuntimeError, ValueError), match=r"activation must be .* got leaky_rleu"):
         normalize(torch.rand(2, 5, 3), torch.rand(10), None, None, 1e-5, "leaky_rleu", 0.01)
-
-
-@pytest.mark.skipif(KERNELS.why_unusable() is not None, reason=str(KERNELS.why_unusable()))
-def test_last_line_before_memory():
-    """Who calls the registered operators itself passes by the layer's checks, but not by these."""
-    if "LIBS_KERNELS" in os.environ:
-        pytest.skip("the process without it has tested it")
-    x, statistics, vector = torch.rand(2, 4, 3), torch.rand(9), torch.rand(4)
-    steps, eps, phi = torch.ops.libs, 1e-5, (1e-5, "identity", 0.0)
-    for other in (x[:, :3], x[:1], x.double(), x.transpose(0, 2).contiguous().transpose(0, 2)):
-        with pytest.raises(RuntimeError, match="must have the shape, strides and dtype"):
-            steps.normalize_relu_(x.clone(), statistics, vector, vector, other, eps)
-        with pytest.raises(RuntimeError, match="must have the shape, strides and dtype"):
-            steps.sums_add_relu(x, x, other, vector, vector, eps)
-        with pytest.raises(RuntimeError, match="must have the shape, strides and dtype"):
-            steps.gradient(other, x, statistics, torch.rand(8), vector, vector, *phi)
-    for wrong in (vector[:3], torch.rand(5), vector.double()):
-        with pytest.raises(RuntimeError, match=r"one (number|float) a channel"):
-            steps.normalize_(x.clone(), statistics, wrong, vector, *phi)
-    with pytest.raises(RuntimeError, match="one float a channel"):
-        steps.normalize_(x.clone(), statistics[:7], vector, vector, *phi)
-    for sums in (torch.rand(7), torch.rand(12)):
-        with pytest.raises(RuntimeError, match=r"one float a channel|sums must be \(P, 2 C\)"):
-            steps.gradient(x, x, statistics, sums, vector, vector, *phi)
-
-
-def test_kernels_are_built_where_there_is_a_compiler():
-    if os.environ.get("CI") and "LIBS_KERNELS" not in os.environ:
-        assert ops.implementation("cpu").startswith("C++")
 
 
 @pytest.mark.parametrize("trained", ["weight", "bias"])

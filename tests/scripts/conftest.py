@@ -5,9 +5,13 @@ import runpy
 import sys
 from typing import NamedTuple
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
+from dataset import LabelTable
+from networks import build_model
 from tests.scripts.processes import ROOT
 
 TINY = ("--input-size", "33,41", "--gpu", "cpu", "--num-workers", "0")
@@ -69,3 +73,56 @@ def trained(demo_data, tmp_path_factory):
     finally:
         sys.argv = argv
     return folder / "CS_scenes_2.pth"
+
+
+# What predict.py is given
+
+TABLE = LabelTable(("road", "tree", "sky"), (7, 21, 23), ((128, 64, 128), (107, 142, 35), (70, 130, 180)))
+
+
+def save_checkpoint(path, **changes):
+    torch.manual_seed(1)
+    settings = {"num_classes": 3, "backbone": "resnet18", "recurrence": changes.get("recurrence", 2)}
+    network = build_model(**settings)
+    network.head.cca.gamma.data.fill_(0.5)
+    network.head.classifier.weight.data.normal_()
+    contents = {
+        "model": network.state_dict(),
+        "network": settings,
+        "recipe": {"input_size": (33, 41), "clip": changes.get("clip", 1)},
+        "data": {"names": TABLE.names, "ids": TABLE.ids, "palette": TABLE.palette},
+    }
+    torch.save(contents, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "x_1.pth")
+
+
+@pytest.fixture
+def predict(call, checkpoint, tmp_path):
+    """Run predict.py; results go to ``tmp_path/out``."""
+
+    def run(*arguments, restore_from=checkpoint, output_dir=tmp_path / "out"):
+        fixed = ("--restore-from", restore_from, "--output-dir", output_dir, "--gpu", "cpu", "--amp", "off")
+        return call("predict.py", *fixed, "--input", *arguments)
+
+    return run
+
+
+def random_picture(*size, seed=0):
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
+    return cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_NEAREST)
+
+
+def written(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def write_video(path, frames, rate=12.5):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), rate, frames[0].shape[1::-1])
+    for frame in frames:
+        writer.write(frame[..., ::-1])
+    writer.release()
